@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a virtual environment in .venv with the package and its test tools.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: setup demo test test-slow style check dubai clean
+
+setup: $(READY)
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	touch $(READY)
+
+demo: $(READY)  ## teacher, student alone, distilled student on generated scenes; table, pictures and card in demo/
+	$(BIN)/python scripts/demo.py --output demo
+
+test: $(READY)  ## the whole offline suite
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## also the tests that take minutes
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+style: $(READY)  ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: $(READY)  ## what CI demands of the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo

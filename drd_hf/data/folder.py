@@ -1,0 +1,376 @@
+"""Folders of images and masks: a YAML layout says which files pair up, what mask values mean and where the splits are."""
+
+import colorsys
+import glob
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from drd_hf.data.facts import IGNORE_INDEX, DatasetFacts, SegmentationClass
+from drd_hf.data.splits import SPLITS
+from drd_hf.errors import UserError, nearest
+
+UNKNOWN = 254  # marks, inside this file only, a mask value that the layout does not name
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel
+INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+MAX_PIXELS = 2**30  # larger than any single orthophoto tile in use; still stops decompression bombs
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """What a layout file says. `codes[i]` is what class `i` looks like in a mask: a value, or a packed colour."""
+
+    images: str
+    masks: str
+    classes: tuple[SegmentationClass, ...]
+    codes: tuple[int, ...]
+    ignore_codes: tuple[int, ...]
+    by_color: bool
+    splits: dict[str, tuple[str, ...]]
+    name: str | None = None
+    license: str | None = None
+    citation: str | None = None
+    description: str = ""
+
+    def facts(self, name: str) -> DatasetFacts:
+        """The dataset's facts; `name` is used where the layout gives none."""
+        return DatasetFacts(self.name or name, self.classes, self.description, self.license, self.citation)
+
+
+@dataclass(frozen=True)
+class FolderRecord:
+    """One image with its mask; `name` is the image's path below the source folder."""
+
+    image: Path
+    mask: Path
+    name: str
+
+
+def read_layout(path: str | Path) -> FolderLayout:
+    """Read a YAML layout file.
+
+    Keys: `images` and `masks` (glob patterns below the source folder), `classes` (a list of `name` with either
+    `color: [r, g, b]` for colour masks or `value: v` for index masks; a `value` may have a `color` to be drawn with),
+    `splits` (train / validation / test, each a list of glob patterns on the image path), and optionally `ignore`
+    (colours or values that become 255), `name`, `license`, `citation`, `description`.
+
+    Raises:
+        UserError: the file cannot be read, or a key is missing, unknown or wrong; the message names it.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a layout YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    texts = ("name", "license", "citation", "description")
+    _check_keys(content, f"{path}", required=("images", "masks", "classes", "splits"), optional=("ignore", *texts))
+    for key in ("images", "masks", *texts):
+        if key in content and not (isinstance(content[key], str) and content[key].strip()):
+            raise UserError(f"{path}: {key} is {content[key]!r}; write it as text in quotes")
+    for key in ("images", "masks"):
+        _check_pattern(content[key], f"{path}: {key}")
+
+    classes, codes, by_color = _read_classes(content["classes"], path)
+    ignore = content.get("ignore") or []
+    if not isinstance(ignore, list):
+        raise UserError(f"{path}: ignore is {ignore!r}; give a list of {'colours' if by_color else 'values'}")
+    ignore_codes = tuple(_read_code(code, by_color, f"{path}: ignore") for code in ignore)
+    if both := set(ignore_codes) & set(codes):
+        raise UserError(f"{path}: {_show_code(min(both), by_color)} is both a class and in ignore; keep one")
+    return FolderLayout(
+        images=content["images"],
+        masks=content["masks"],
+        classes=classes,
+        codes=codes,
+        ignore_codes=ignore_codes,
+        by_color=by_color,
+        splits=_read_splits(content["splits"], path),
+        **{key: content[key].strip() for key in texts if key in content},
+    )
+
+
+def find_pairs(layout: FolderLayout, source: str | Path) -> dict[str, list[FolderRecord]]:
+    """The images of each split with their masks, sorted by name.
+
+    An image and a mask belong together when the parts of their paths that the wildcards of the two patterns match
+    are equal; file endings do not count. Hidden files are left out. A pattern of a split may match across folders:
+    `"Tile 1/*"` takes everything below `Tile 1`.
+
+    Raises:
+        UserError: no images, an image without a mask or with two, in no split or in two, an empty split, or a file
+            outside `source`.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise UserError(f"{source}: is not a folder; give the folder with the images as --source")
+    wildcards = [_pattern_regex(pattern).groups for pattern in (layout.images, layout.masks)]
+    if wildcards[0] != wildcards[1]:
+        raise UserError(
+            f"the patterns images {layout.images!r} and masks {layout.masks!r} have {wildcards[0]} and {wildcards[1]} "
+            "wildcards (*, ?, **) before the file ending; give both the same number, they are compared one by one"
+        )
+    masks = _files_by_key(source, layout.masks, "mask")
+    mask_files = set(masks.values())
+    images = _files_by_key(source, layout.images, "image", leave_out=mask_files)
+    if not images:
+        raise UserError(f"{source}: no image matches {layout.images!r}; correct images in the layout or --source")
+    if lost := sorted(images[key] for key in images.keys() - masks.keys()):
+        raise UserError(f"{source}: no mask {layout.masks!r} for {_first(lost)}; add the masks or remove the images")
+    if spare := sorted(masks[key] for key in masks.keys() - images.keys()):
+        warnings.warn(f"{source}: no image {layout.images!r} for the masks of {_first(spare)}; not used", stacklevel=2)
+
+    records = {split: [] for split in layout.splits}
+    in_none, in_two = [], []
+    for key, image in sorted(images.items(), key=lambda item: item[1]):
+        splits = [split for split, globs in layout.splits.items() if any(fnmatchcase(image, g) for g in globs)]
+        if len(splits) == 1:
+            records[splits[0]].append(FolderRecord(source / image, source / masks[key], image))
+        else:
+            (in_two if splits else in_none).append(image)
+    if in_none:
+        raise UserError(f"no split takes {_first(in_none)}; name them in splits of the layout or narrow images")
+    if in_two:
+        raise UserError(f"more than one split takes {_first(in_two)}; keep one of them in splits of the layout")
+    if empty := [split for split, found in records.items() if not found]:
+        patterns = ", ".join(layout.splits[empty[0]])
+        raise UserError(f"split {empty[0]} ({patterns}) has none of the {len(images)} images; correct its patterns")
+    return records
+
+
+def read_pair(
+    record: FolderRecord, layout: FolderLayout, unknown: str = "error"
+) -> tuple[np.ndarray, np.ndarray, str, dict[str, int]]:
+    """Read one image and its mask.
+
+    Args:
+        unknown: what to do with mask pixels that the layout does not name: `"error"`, or `"ignore"` to label them 255.
+
+    Returns:
+        image: uint8 (H, W, 3), RGB.
+        label: uint8 (H, W), class indices and 255.
+        name: the record's name.
+        report: number of pixels of each unknown colour or value that became 255.
+
+    Raises:
+        UserError: a file that cannot be read, sizes that differ, a mask of the wrong kind, or unknown mask values.
+    """
+    if unknown not in ("error", "ignore"):
+        raise UserError(f"unknown is {unknown!r}; give error or ignore")
+    with _open(record.image) as opened:
+        if opened.mode not in IMAGE_MODES:
+            raise UserError(f"{record.image}: has mode {opened.mode}; convert the image to 8-bit RGB")
+        image = np.array(opened.convert("RGB"))
+    with _open(record.mask) as opened:
+        codes = _mask_codes(opened, layout.by_color, record.mask)
+    if codes.shape != image.shape[:2]:
+        sizes = [f"{width}x{height}" for height, width in (codes.shape, image.shape[:2])]
+        raise UserError(f"{record.mask}: is {sizes[0]} but its image is {sizes[1]} pixels; make them the same size")
+
+    label = _code_table(layout)[codes]
+    strange = label == UNKNOWN
+    report = Counter()
+    if strange.any():
+        values, counts = np.unique(codes[strange], return_counts=True)
+        report.update({_show_code(int(v), layout.by_color): int(n) for v, n in zip(values, counts, strict=True)})
+        if unknown == "error":
+            kind = "colours" if layout.by_color else "values"
+            shown = ", ".join(f"{code}: {count}" for code, count in report.most_common(10))
+            more = f" and {len(report) - 10} more" if len(report) > 10 else ""
+            raise UserError(
+                f"{record.mask}: {len(report)} {kind} that the layout does not name, with their pixels: {shown}{more}; "
+                "add them to classes or ignore in the layout, or use --unknown ignore"
+            )
+        label[strange] = IGNORE_INDEX
+    return image, label, record.name, dict(report)
+
+
+def _check_keys(content: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    known = required + optional
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected the keys {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; nearest: {nearest(str(key), known)}")
+    if missing := [key for key in required if content.get(key) is None]:
+        given = f"; given: {', '.join(content)}" if content else ""
+        raise UserError(f"{where}: the key {missing[0]} is missing{given}")
+
+
+def _check_pattern(pattern: Any, where: str) -> None:
+    if not isinstance(pattern, str) or not pattern.strip():
+        raise UserError(f"{where}: {pattern!r} is not a pattern; write it as text in quotes")
+    if pattern.startswith(("/", "~")) or "\\" in pattern or ":" in pattern.split("/")[0]:
+        raise UserError(f"{where}: {pattern!r} must be relative to the source folder, with / between folders")
+    if ".." in pattern.split("/"):
+        raise UserError(f"{where}: {pattern!r} leaves the source folder; remove '..'")
+
+
+def _read_splits(content: Any, path: Path) -> dict[str, tuple[str, ...]]:
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: splits is {content!r}; give patterns under {', '.join(SPLITS)}")
+    splits = {}
+    for split, patterns in content.items():
+        if split not in SPLITS:
+            raise UserError(f"{path}: unknown split {split!r}; nearest: {nearest(str(split), SPLITS)}")
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, list) or not patterns:
+            raise UserError(f"{path}: split {split} is {patterns!r}; give a list of patterns")
+        for pattern in patterns:
+            _check_pattern(pattern, f"{path}: split {split}")
+        splits[split] = tuple(patterns)
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _read_classes(content: Any, path: Path) -> tuple[tuple[SegmentationClass, ...], tuple[int, ...], bool]:
+    if not isinstance(content, list) or not 1 <= len(content) < UNKNOWN:
+        raise UserError(f"{path}: classes must be a list of 1 to {UNKNOWN - 1} classes")
+    for entry in content:
+        _check_keys(entry, f"{path}: classes", required=("name",), optional=("color", "value"))
+        if not isinstance(entry["name"], str):
+            raise UserError(f"{path}: class name {entry['name']!r} is not text; put it in quotes")
+        if "color" not in entry and "value" not in entry:
+            raise UserError(f"{path}: class {entry['name']} has neither color nor value; give one of them")
+    by_color = all("value" not in entry for entry in content)
+    if not by_color and (without := [entry["name"] for entry in content if "value" not in entry]):
+        raise UserError(f"{path}: class {without[0]} has no value but others have; give all of them a value or none")
+    classes, codes = [], []
+    for i, entry in enumerate(content):
+        where = f"{path}: class {entry['name']}"
+        # Golden-ratio steps of hue keep default drawing colours apart.
+        drawn = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.65, 0.95))
+        if "color" in entry:
+            packed = _read_code(entry["color"], True, where)
+            drawn = _unpack(packed)
+        codes.append(packed if by_color else _read_code(entry["value"], False, where))
+        classes.append(SegmentationClass(entry["name"], drawn))
+    for what, values in (("name", [c.name for c in classes]), ("color" if by_color else "value", codes)):
+        repeated = [value for value, count in Counter(values).items() if count > 1]
+        if repeated:
+            shown = repeated[0] if what == "name" else _show_code(repeated[0], by_color)
+            raise UserError(f"{path}: two classes have the {what} {shown}; give each class its own")
+    return tuple(classes), tuple(codes), by_color
+
+
+def _read_code(value: Any, by_color: bool, where: str) -> int:
+    def is_int(v, top):
+        return isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= top
+
+    if by_color:
+        if not (isinstance(value, list) and len(value) == 3 and all(is_int(v, 255) for v in value)):
+            raise UserError(f"{where}: {value!r} is not a colour; write [r, g, b] with numbers from 0 to 255")
+        return value[0] << 16 | value[1] << 8 | value[2]
+    if not is_int(value, 65535):
+        raise UserError(f"{where}: {value!r} is not a mask value; write a whole number from 0 to 65535")
+    return value
+
+
+def _unpack(code: int) -> tuple[int, int, int]:
+    return code >> 16, code >> 8 & 255, code & 255
+
+
+def _show_code(code: int, by_color: bool) -> str:
+    return ",".join(map(str, _unpack(code))) if by_color else str(code)
+
+
+def _first(names: list[str], n: int = 3) -> str:
+    return f"{len(names)} image(s): {', '.join(names[:n])}{', ...' if len(names) > n else ''}"
+
+
+def _pattern_regex(pattern: str) -> re.Pattern:
+    """A glob pattern as a regular expression; its groups are what `*`, `?` and `**` match, file ending left out."""
+    *folders, name = pattern.split("/")
+    regex = "".join(r"((?:[^/]+/)*)" if part == "**" else _part_regex(part, r"(%s)") + "/" for part in folders)
+    stem, dot, ending = name.rpartition(".")
+    if dot and stem:
+        return re.compile(regex + _part_regex(stem, r"(%s)") + r"\." + _part_regex(ending, r"(?:%s)"))
+    return re.compile(regex + _part_regex(name, r"(%s)"))
+
+
+def _part_regex(part: str, group: str) -> str:
+    regex = ""
+    for piece in re.split(r"(\*+|\?|\[!?[^\]]+\])", part):
+        if piece.startswith("*"):
+            regex += group % "[^/]*"
+        elif piece == "?":
+            regex += group % "[^/]"
+        elif piece.startswith("[") and piece.endswith("]"):
+            regex += piece.replace("[!", "[^", 1)
+        else:
+            regex += re.escape(piece)
+    return regex
+
+
+def _files_by_key(source: Path, pattern: str, what: str, leave_out: set[str] = frozenset()) -> dict[tuple, str]:
+    """Relative paths of the files that match `pattern`, by what its wildcards match (file endings removed)."""
+    regex, root = _pattern_regex(pattern), source.resolve()
+    ending_is_open = "." not in pattern.rpartition("/")[2]
+    files = {}
+    for found in sorted(glob.glob(pattern, root_dir=source, recursive=True)):
+        path = source / found
+        found = PurePosixPath(Path(found)).as_posix()
+        if path.is_dir() or found in leave_out or not (match := regex.fullmatch(found)):
+            continue
+        if not path.resolve().is_relative_to(root):
+            raise UserError(f"{path}: is a link that leaves {source}; copy the file into the source folder")
+        key = match.groups()
+        if ending_is_open and key:
+            key = (*key[:-1], PurePosixPath(key[-1]).stem)
+        if key in files:
+            raise UserError(f"{source}: {files[key]} and {found} are both the {what} of one pair; remove one of them")
+        files[key] = found
+    return files
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """Open and decode an image; whatever is wrong with the file becomes a `UserError` that names it."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # checked in open() only
+        with Image.open(path) as image:
+            Image.MAX_IMAGE_PIXELS = limit
+            image.load()
+            yield image
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); replace the file") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _mask_codes(mask: Image.Image, by_color: bool, path: Path) -> np.ndarray:
+    """int32 (H, W): packed colours, or values."""
+    if by_color:
+        if mask.mode not in IMAGE_MODES:
+            raise UserError(f"{path}: has mode {mask.mode}, but the layout gives colours; give values for index masks")
+        red, green, blue = np.moveaxis(np.asarray(mask.convert("RGB")), -1, 0)
+        return red.astype(np.int32) << 16 | green.astype(np.int32) << 8 | blue
+    if mask.mode not in INDEX_MODES:
+        raise UserError(f"{path}: has mode {mask.mode}, but the layout gives values; give colours for colour masks")
+    values = np.asarray(mask).astype(np.int32)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(
+            f"{path}: mask values go from {values.min()} to {values.max()}; only 0 to 65535 can be class values"
+        )
+    return values
+
+
+def _code_table(layout: FolderLayout) -> np.ndarray:
+    """uint8 label of every possible mask code: one look-up per pixel is many times faster than one pass per class."""
+    table = np.full(2**24 if layout.by_color else 2**16, UNKNOWN, np.uint8)
+    table[list(layout.ignore_codes)] = IGNORE_INDEX
+    table[list(layout.codes)] = np.arange(len(layout.codes))
+    return table

@@ -1,0 +1,163 @@
+"""Prepared datasets as `datasets` splits, together with what their card says about them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import DatasetCard
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from drd_hf.data.facts import DatasetFacts, SegmentationClass
+from drd_hf.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+REMEDY = "give the output folder of prepare_dataset.py or the Hub id of a dataset made with it"
+
+
+@dataclass(frozen=True)
+class SegmentationInfo:
+    """What a prepared dataset is. It is written under the key `segmentation` of the dataset card.
+
+    `colors[i]` is the RGB colour of label `i`. `pixel_shares[split][class]` and `ignored_shares[split]` are shares of
+    all pixels of the split's sources at the scale of the tiles, each pixel counted once; they add up to 1.
+    `unknown_pixels[value]` counts source pixels of a mask value without a meaning that became `ignore_index`.
+    """
+
+    name: str
+    id2label: dict[int, str]
+    colors: tuple[tuple[int, int, int], ...]
+    ignore_index: int
+    tile_size: int
+    stride: int
+    scale: float
+    num_tiles: dict[str, int]
+    num_sources: dict[str, int]
+    pixel_shares: dict[str, dict[str, float]]
+    ignored_shares: dict[str, float]
+    license: str | None = None
+    unknown_pixels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: i for i, label in self.id2label.items()}
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """Name, classes and licence as the record that other parts of the package take."""
+        classes = tuple(SegmentationClass(self.id2label[i], color) for i, color in enumerate(self.colors))
+        return DatasetFacts(self.name, classes, license=self.license, ignore_index=self.ignore_index)
+
+    def to_card(self) -> dict[str, Any]:
+        """The value of the card's key `segmentation`; `from_card` reads it back."""
+        content = {
+            "name": self.name,
+            "classes": [{"name": self.id2label[i], "color": list(color)} for i, color in enumerate(self.colors)],
+            "ignore_index": self.ignore_index,
+            "tile_size": self.tile_size,
+            "stride": self.stride,
+            "scale": self.scale,
+            "splits": {
+                split: {
+                    "tiles": tiles,
+                    "sources": self.num_sources[split],
+                    "pixel_shares": dict(self.pixel_shares[split]),
+                    "ignored_share": self.ignored_shares[split],
+                }
+                for split, tiles in self.num_tiles.items()
+            },
+        }
+        if self.license:
+            content["license"] = self.license
+        if self.unknown_pixels:
+            content["unknown_pixels"] = dict(self.unknown_pixels)
+        return content
+
+    @classmethod
+    def from_card(cls, content: Mapping[str, Any]) -> "SegmentationInfo":
+        splits = content["splits"]
+        return cls(
+            name=content["name"],
+            id2label={i: entry["name"] for i, entry in enumerate(content["classes"])},
+            colors=tuple(tuple(entry["color"]) for entry in content["classes"]),
+            ignore_index=content["ignore_index"],
+            tile_size=content["tile_size"],
+            stride=content["stride"],
+            scale=content["scale"],
+            num_tiles={name: split["tiles"] for name, split in splits.items()},
+            num_sources={name: split["sources"] for name, split in splits.items()},
+            pixel_shares={name: split["pixel_shares"] for name, split in splits.items()},
+            ignored_shares={name: split["ignored_share"] for name, split in splits.items()},
+            license=content.get("license"),
+            unknown_pixels=content.get("unknown_pixels", {}),
+        )
+
+
+class SegmentationSplits(DatasetDict):
+    """Splits with the columns image, label (PIL images), source, row, column, and the dataset's `info`."""
+
+    info: SegmentationInfo
+
+    def __init__(self, splits: Mapping[str, Any], info: SegmentationInfo):
+        super().__init__(splits)
+        self.info = info
+
+
+def load_splits(path_or_repo: str | Path) -> SegmentationSplits:
+    """Load a dataset that `prepare_dataset` wrote, from its folder or from the Hub.
+
+    Raises:
+        UserError: no such folder or Hub dataset, no card that `prepare_dataset` wrote, or damaged data files.
+    """
+    try:
+        info = SegmentationInfo.from_card(_read_card(path_or_repo))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path_or_repo}: 'segmentation' in its card is damaged ({error!r}); prepare it again"
+        ) from None
+    try:
+        splits = load_dataset(str(path_or_repo))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(
+            f"{path_or_repo}: the data files cannot be loaded ({_line(error)}); prepare it again"
+        ) from None
+    for split, expected in info.num_tiles.items():
+        if split not in splits or len(splits[split]) != expected:
+            found = len(splits[split]) if split in splits else 0
+            raise UserError(
+                f"{path_or_repo}: {split} has {found} of its {expected} tiles; prepare or download it again"
+            )
+    return SegmentationSplits(splits, info)
+
+
+def _read_card(path_or_repo: str | Path) -> dict[str, Any]:
+    if Path(path_or_repo).is_dir():
+        card_path = Path(path_or_repo) / "README.md"
+        if not card_path.is_file():
+            raise UserError(f"{path_or_repo}: has no dataset card README.md; {REMEDY}")
+    else:
+        card_path = str(path_or_repo)
+        try:
+            validate_repo_id(card_path)
+        except HFValidationError:
+            raise UserError(f"{path_or_repo}: there is no such folder; {REMEDY}") from None
+    try:
+        content = DatasetCard.load(card_path, ignore_metadata_errors=True).data.to_dict().get("segmentation")
+    except (OSError, EntryNotFoundError) as error:
+        raise UserError(
+            f"{path_or_repo}: no such folder, and not loaded from the Hub ({_line(error)}); {REMEDY}"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path_or_repo}: the head of its card is not valid YAML ({_line(error)}); {REMEDY}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path_or_repo}: its card has no key 'segmentation'; {REMEDY}")
+    return content
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

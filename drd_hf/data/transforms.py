@@ -1,0 +1,235 @@
+"""Joint transforms of image and label tiles for `dataset.with_transform`, and the collator that makes batches of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.tiles import covered_before
+from drd_hf.errors import UserError
+
+
+class RandomScaledCrop(v2.Transform):
+    """Cut a random window and resize it to `crop_size`: random scaling and random cropping in one cheap step.
+
+    The scale is uniform in `scale`, the window `crop_size / scale` wide. Where it reaches beyond the tile the image is
+    black and the mask 255. Up to `tries` places are drawn until no class covers more than `max_class_share` of the
+    window's labelled pixels; if none is found, the place with the lowest such share is taken.
+    """
+
+    def __init__(self, crop_size: int, scale: tuple[float, float], max_class_share: float, tries: int = 10):
+        super().__init__()
+        self.crop_size, self.scale, self.max_class_share, self.tries = crop_size, tuple(scale), max_class_share, tries
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = next(x for x in flat_inputs if isinstance(x, tv_tensors.Mask))  # (H, W)
+        window = round(self.crop_size / torch.empty(()).uniform_(*self.scale).item())
+        best = math.inf, None
+        for _ in range(self.tries):
+            top, left = (_random_offset(length, window) for length in mask.shape[-2:])
+            share = _largest_class_share(mask[max(top, 0) : top + window, max(left, 0) : left + window])
+            if share < best[0] or best[1] is None:
+                best = share, (top, left)
+            if share <= self.max_class_share or window >= max(mask.shape[-2:]):  # all windows hold the whole tile
+                break
+        top, left = best[1]
+        return {"top": top, "left": left, "window": window}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        top, left, window = params["top"], params["left"], params["window"]
+        height, width = inpt.shape[-2:]
+        size = [self.crop_size, self.crop_size]
+        is_mask = isinstance(inpt, tv_tensors.Mask)
+        # Padding by hand, because F.crop fills what lies beyond the tile with 0, which is a class.
+        padding = [max(-left, 0), max(-top, 0), max(left + window - width, 0), max(top + window - height, 0)]
+        inpt = inpt[..., max(top, 0) : top + window, max(left, 0) : left + window]
+        if is_mask:
+            # F.resize rounds masks down, half a pixel away from where it puts the image; nearest-exact does not.
+            mask = F.pad_mask(inpt, padding, fill=IGNORE_INDEX)
+            mask = F.resize_image(mask[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)[0]
+            return tv_tensors.Mask(mask)
+        return tv_tensors.Image(F.resize_image(F.pad_image(inpt, padding), size, antialias=True))
+
+
+class RandomQuarterTurn(v2.Transform):
+    """Turn by 0, 90, 180 or 270 degrees: aerial images have no up."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"turns": int(torch.randint(4, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
+
+
+class TrainTransform:
+    """Random scale, crop, flips, quarter turns and colours. For `dataset.with_transform`.
+
+    Takes a batch of columns with lists of PIL images `image` and `label`; returns lists `image` of uint8 (3, S, S) and
+    `labels` of uint8 (S, S), S being `crop_size`. Randomness is torch's global generator, which the Trainer seeds.
+
+    Args:
+        crop_size: side of the result in pixels.
+        scale: range of the random magnification; (1, 1) for none. Below `crop_size / tile_size` tiles do not fill
+            the crop, and the rest is black and ignored.
+        max_class_share: see `RandomScaledCrop`; 1 takes the first window with a label.
+        horizontal_flip, vertical_flip, quarter_turns, photometric: switch augmentations off with False.
+    """
+
+    def __init__(
+        self,
+        crop_size: int,
+        scale: tuple[float, float] = (0.5, 2.0),
+        max_class_share: float = 0.75,
+        horizontal_flip: bool = True,
+        vertical_flip: bool = True,
+        quarter_turns: bool = True,
+        photometric: bool = True,
+    ):
+        if crop_size < 1:
+            raise UserError(f"crop_size is {crop_size}; give a positive number of pixels")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise UserError(f"scale is {scale}; give two positive numbers, the smaller one first")
+        if not 0 < max_class_share <= 1:
+            raise UserError(f"max_class_share is {max_class_share}; give a share above 0 and at most 1")
+        steps = [RandomScaledCrop(crop_size, scale, max_class_share)]
+        if horizontal_flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if vertical_flip:
+            steps.append(v2.RandomVerticalFlip())
+        if quarter_turns:
+            steps.append(RandomQuarterTurn())
+        if photometric:
+            # Without the channel permutation of RandomPhotometricDistort: colour order means something from above.
+            steps.append(
+                v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.3, saturation=0.3, hue=0.03)], p=0.5)
+            )
+        self.steps = v2.Compose(steps)
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list[torch.Tensor]]:
+        pairs = [self.steps(*_to_tv_tensors(*pair)) for pair in zip(batch["image"], batch["label"], strict=True)]
+        return {
+            "image": [image.as_subclass(torch.Tensor) for image, _ in pairs],
+            "labels": [mask.as_subclass(torch.Tensor) for _, mask in pairs],
+        }
+
+
+class EvalTransform:
+    """Tiles as they are. For `dataset.with_transform`.
+
+    Takes a batch of columns with lists of PIL images `image` and `label`; returns lists `image` of uint8 (3, H, W) and
+    `labels` of uint8 (H, W).
+
+    Args:
+        dataset: the split to be evaluated. If given, a pixel is labelled in the first tile that covers it and 255 in
+            later ones, so that a metric counts each pixel of a source once even where tiles overlap.
+    """
+
+    def __init__(self, dataset=None):
+        self.covered = None if dataset is None else _covered_by_earlier_tiles(dataset)
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list[torch.Tensor]]:
+        pairs = [_to_tv_tensors(*pair) for pair in zip(batch["image"], batch["label"], strict=True)]
+        images, labels = ([x.as_subclass(torch.Tensor) for x in column] for column in zip(*pairs, strict=True))
+        if self.covered is not None:
+            for label, place in zip(
+                labels, zip(batch["source"], batch["row"], batch["column"], strict=True), strict=True
+            ):
+                if place not in self.covered:
+                    raise UserError(
+                        f"tile {place} is not in the dataset that EvalTransform was made with; give that one"
+                    )
+                top, left = self.covered[place]
+                label[:top] = IGNORE_INDEX
+                label[:, :left] = IGNORE_INDEX
+        return {"image": images, "labels": labels}
+
+
+class SegmentationCollator:
+    """Stack transformed tiles into a batch, normalised as the model's image processor says.
+
+    Takes items with `image` uint8 (3, H, W) and `labels` (H, W); returns `pixel_values` float32 (B, 3, H, W), `labels`
+    int64 (B, H, W), and `teacher_pixel_values` like `pixel_values` where the teacher is normalised differently.
+    Sizes are left alone: `do_resize` of a processor is not applied.
+
+    Args:
+        processor: image processor of the model that is trained or evaluated.
+        teacher_processor: image processor of the teacher, if any.
+        num_labels: number of classes of the model; other labels than these and 255 are refused. None: not checked.
+    """
+
+    def __init__(self, processor, teacher_processor=None, num_labels: int | None = None):
+        self.num_labels = num_labels
+        self.normalization = _normalization(processor)
+        teacher = None if teacher_processor is None else _normalization(teacher_processor)
+        self.teacher_normalization = None if teacher == self.normalization else teacher
+
+    def __call__(self, items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        sizes = {tuple(x.shape[-2:]) for item in items for x in (item["image"], item["labels"])}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+            raise UserError(f"tiles of different sizes in one batch: {shown}; use one tile or crop size")
+        images = torch.stack([item["image"] for item in items])
+        labels = torch.stack([item["labels"] for item in items]).long()
+        if self.num_labels is not None:
+            wrong = labels[(labels < 0) | (labels >= self.num_labels) & (labels != IGNORE_INDEX)]
+            if wrong.numel():
+                raise UserError(
+                    f"labels {wrong.unique().tolist()} are out of range: the model knows 0..{self.num_labels - 1}, and "
+                    f"{IGNORE_INDEX} is ignored; prepare the dataset with the classes of this model"
+                )
+        batch = {"pixel_values": _normalize(images, *self.normalization), "labels": labels}
+        if self.teacher_normalization is not None:
+            batch["teacher_pixel_values"] = _normalize(images, *self.teacher_normalization)
+        return batch
+
+
+def _to_tv_tensors(image, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    return F.to_image(image), tv_tensors.Mask(torch.from_numpy(np.array(label)))
+
+
+def _random_offset(length: int, window: int) -> int:
+    """First pixel of a random window in `length` pixels; negative if the window is the larger of the two."""
+    low, high = sorted((0, length - window))
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _largest_class_share(mask: torch.Tensor) -> float:
+    """Share of the most frequent class among labelled pixels; infinity if there are none."""
+    counts = torch.bincount(mask.as_subclass(torch.Tensor).flatten(), minlength=256)
+    counts[IGNORE_INDEX] = 0
+    labelled = int(counts.sum())
+    return int(counts.max()) / labelled if labelled else math.inf
+
+
+def _covered_by_earlier_tiles(dataset) -> dict[tuple[str, int, int], tuple[int, int]]:
+    """(source, row, column) of each tile -> how many of its top rows and left columns earlier tiles cover."""
+    tile_size = dataset.with_format(None)[0]["label"].height
+    places = dataset.with_format(None).select_columns(["source", "row", "column"])
+    places = list(zip(*(places[:][key] for key in ("source", "row", "column")), strict=True))
+    rows, columns = {}, {}
+    for source, row, column in places:
+        rows.setdefault(source, set()).add(row)
+        columns.setdefault(source, set()).add(column)
+    tops = {source: covered_before(origins, tile_size) for source, origins in rows.items()}
+    lefts = {source: covered_before(origins, tile_size) for source, origins in columns.items()}
+    return {(s, row, column): (tops[s][row], lefts[s][column]) for s, row, column in places}
+
+
+def _normalization(processor) -> tuple[float, tuple[float, ...], tuple[float, ...], bool]:
+    """Factor, mean and deviation per channel, and whether channels are reversed, as a processor's settings say."""
+    factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if getattr(processor, "do_normalize", False):
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return factor, mean, std, bool(getattr(processor, "do_flip_channel_order", False))
+
+
+def _normalize(images: torch.Tensor, factor: float, mean, std, reverse_channels: bool) -> torch.Tensor:
+    images = images.flip(1) if reverse_channels else images
+    return F.normalize(images.float().mul_(factor), mean, std, inplace=True)

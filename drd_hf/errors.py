@@ -1,0 +1,27 @@
+"""The one exception that means "the input is wrong", and how a script reports it."""
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Wrong input: the message is one line that names the file, layer or option and says what to do."""
+
+
+def nearest(name: str, known, n: int = 5) -> str:
+    """The `known` names most like `name`, comma separated, for an error message."""
+    known = list(known)
+    return ", ".join(get_close_matches(name, known, n=n, cutoff=0.3) or known[:n])
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

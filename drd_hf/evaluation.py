@@ -1,0 +1,88 @@
+"""Scores and speed of a model on a split."""
+
+import statistics
+import time
+from collections.abc import Iterable
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .data.transforms import EvalTransform, SegmentationCollator
+from .errors import UserError
+from .metrics import SegmentationMetrics
+
+EVALUATION_PROTOCOL = "tiles, each pixel once"
+
+
+def evaluate_model(
+    model: PreTrainedModel, processor, dataset, batch_size: int = 8, device: str | torch.device | None = None
+) -> SegmentationMetrics:
+    """Predict every tile of a split and count the pixels.
+
+    Tiles are predicted one by one at their own resolution, without test-time augmentation. A pixel covered by
+    overlapping tiles of one source image is counted in the first of them only; pixels labelled 255 never count.
+
+    Args:
+        model: a semantic segmentation model; put in eval mode.
+        processor: its image processor.
+        dataset: one split from `load_splits`.
+        batch_size: tiles per forward pass.
+        device: default CUDA if there is one, else CPU.
+
+    Returns:
+        The metrics object, for `.compute()` and `.matrix`.
+
+    Raises:
+        UserError: the dataset has labels that the model does not know.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device).eval()
+    metrics = SegmentationMetrics(model.config.id2label)
+    loader = DataLoader(
+        dataset.with_transform(EvalTransform(dataset)),
+        batch_size=batch_size,
+        collate_fn=SegmentationCollator(processor, num_labels=model.config.num_labels),
+    )
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="evaluate", unit="batch"):
+            logits = model(pixel_values=batch["pixel_values"].to(device)).logits
+            metrics.update(logits, batch["labels"].to(device))
+    return metrics
+
+
+def check_labels(model: PreTrainedModel, id2label: dict[int, str], what: str) -> None:
+    """Refuse a model whose labels are not the dataset's, in name and order."""
+    ours = {int(i): name for i, name in model.config.id2label.items()}
+    if ours != dict(id2label):
+        raise UserError(f"{what} predicts {list(ours.values())}, the dataset has {list(id2label.values())}")
+
+
+def milliseconds_per_tile(
+    models: Iterable[PreTrainedModel], tile_size: int, device: str | torch.device | None = None, rounds: int = 15
+) -> list[float]:
+    """Median time of one forward pass on one blank tile, in milliseconds, for each model.
+
+    The models take turns within every round, so that a change of the machine's speed meets all of them alike.
+
+    Args:
+        models: semantic segmentation models that read three channels.
+        tile_size: side of the tile in pixels.
+        device: default CUDA if there is one, else CPU.
+        rounds: timed passes of each model, after two that are not counted.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    models = [model.to(device).eval() for model in models]
+    tile = torch.zeros(1, 3, tile_size, tile_size, device=device)
+    times = [[] for _ in models]
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            for model, of_model in zip(models, times, strict=True):
+                start = time.perf_counter()
+                model(pixel_values=tile)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if turn >= 2:
+                    of_model.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(of_model) for of_model in times]

@@ -1,0 +1,88 @@
+"""Dual Relation Distillation."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..relations import RELATIONS, channel_relation_distance, resize_to, spatial_relation_distance
+from .base import DistillationLoss
+
+
+class DualRelationLoss(DistillationLoss):
+    """Distances between the spatial and the channel relations of student and teacher (arXiv 2506.20688).
+
+    For each pair of layers ``spatial_relation_distance(student, teacher)`` and
+    ``channel_relation_distance(projector(student), teacher)``, averaged over the pairs. Spatial relations never need
+    equal widths. The projector, a 1x1 convolution to the teacher's width, exists only for a pair whose widths differ
+    and only if the channel weight is not 0; it trains with the student and is dropped afterwards.
+
+    Args:
+        layers: pairs (student layer, teacher layer), dotted module names.
+        spatial_weight, channel_weight: weights of the two terms; a term of weight 0 is not computed.
+        relation: ``"cosine"`` or ``"attention"``, see `drd_hf.relations`.
+        temperature: T of the attention relation.
+        resize_relations_to: side of the square grid on which relations are compared; None: the student's grid.
+        student_widths, teacher_widths: {layer: channels}; the trainer finds them itself, give them to use the loss
+            without a trainer.
+
+    Shape:
+        features {layer: (B, C, H, W)} -> {"spatial_relation": scalar, "channel_relation": scalar}
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, str]],
+        spatial_weight: float = 10.0,
+        channel_weight: float = 10.0,
+        relation: str = "cosine",
+        temperature: float = 1.0,
+        resize_relations_to: int | None = None,
+        student_widths: dict[str, int] | None = None,
+        teacher_widths: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        if not layers:
+            raise UserError("DualRelationLoss needs at least one (student layer, teacher layer) pair")
+        if relation not in RELATIONS:
+            raise UserError(f"relation={relation!r} is not known, choose one of {', '.join(RELATIONS)}")
+        self.layers = [(str(s), str(t)) for s, t in layers]
+        self.student_layers = tuple(s for s, _ in self.layers)
+        self.teacher_layers = tuple(t for _, t in self.layers)
+        self.weights = {
+            term: weight
+            for term, weight in (("spatial_relation", spatial_weight), ("channel_relation", channel_weight))
+            if weight != 0
+        }
+        self.relation = relation
+        self.temperature = temperature
+        self.resize_relations_to = resize_relations_to
+        self.projectors = nn.ModuleDict()
+        if student_widths is not None and teacher_widths is not None:
+            self.prepare(student_widths, teacher_widths)
+
+    def prepare(self, student_widths: dict[str, int], teacher_widths: dict[str, int]) -> None:
+        if "channel_relation" not in self.weights:
+            return
+        for index, (student_layer, teacher_layer) in enumerate(self.layers):
+            c_s, c_t = student_widths[student_layer], teacher_widths[teacher_layer]
+            if c_s != c_t and str(index) not in self.projectors:
+                self.projectors[str(index)] = nn.Conv2d(c_s, c_t, kernel_size=1, bias=False)
+
+    def forward(
+        self, student_features, teacher_features, student_logits=None, teacher_logits=None, labels=None
+    ) -> dict[str, Tensor]:
+        terms = dict.fromkeys(self.weights, 0.0)
+        for index, (student_layer, teacher_layer) in enumerate(self.layers):
+            student, teacher = student_features[student_layer], teacher_features[teacher_layer]
+            if self.resize_relations_to is not None:
+                grid = (self.resize_relations_to, self.resize_relations_to)
+                student, teacher = resize_to(student, grid), resize_to(teacher, grid)
+            if "spatial_relation" in terms:
+                distance = spatial_relation_distance(student, teacher, self.relation, self.temperature)
+                terms["spatial_relation"] = terms["spatial_relation"] + distance / len(self.layers)
+            if "channel_relation" in terms:
+                projector = self.projectors[str(index)] if str(index) in self.projectors else nn.Identity()
+                distance = channel_relation_distance(projector(student), teacher, self.relation, self.temperature)
+                terms["channel_relation"] = terms["channel_relation"] + distance / len(self.layers)
+        return terms

@@ -1,0 +1,88 @@
+"""Distil a small student from a trained teacher with Dual Relation Distillation.
+
+accelerate launch scripts/distill.py --config scripts/configs/dubai_segformer-b0_from_upernet-lite2.yaml
+python scripts/distill.py --teacher runs/teacher --student nvidia/mit-b0 --dataset data/potsdam --output_dir runs/student --max_steps 20000
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+
+from drd_hf import (
+    DistillationConfig,
+    DistillationTrainer,
+    load_image_processor,
+    load_splits,
+    load_student,
+    load_teacher,
+)
+from drd_hf.arguments import parse_arguments
+from drd_hf.errors import run_script
+from drd_hf.runs import DataArguments, finish_run, prepare_output_dir, train_and_validation
+
+
+@dataclass
+class ModelArguments:
+    teacher: str = field(default="", metadata={"help": "Hub id or folder of a trained segmentation checkpoint."})
+    student: str = field(
+        default="",
+        metadata={
+            "help": "Hub id or folder of a checkpoint, or an architecture file (.json) to start from random values."
+        },
+    )
+    pretrained_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "For an architecture file: checkpoint folder or Hub id whose weights fit it, or a .safetensors file for its backbone."
+        },
+    )
+    student_alone: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the same student trained without a teacher, to be scored beside it in the card."},
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Student's normalisation, three values, images in 0..1."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Student's normalisation, three values, images in 0..1."}
+    )
+
+
+def main() -> None:
+    models, data, args = parse_arguments(ModelArguments, DataArguments, DistillationConfig, description=__doc__)
+    resume = prepare_output_dir(args, data.overwrite)
+    set_seed(args.seed)
+
+    splits = load_splits(data.dataset)
+    student = load_student(models.student, splits.info.id2label, models.pretrained_weights)
+    processor = load_image_processor(models.student, models.image_mean, models.image_std)
+    teacher = load_teacher(models.teacher)
+    teacher_processor = load_image_processor(models.teacher)
+
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        args,
+        processing_class=processor,
+        teacher_processor=teacher_processor,
+        **train_and_validation(splits, data),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+
+    alone = {}
+    if models.student_alone:
+        alone["student_alone"] = load_teacher(models.student_alone)
+        alone["student_alone_processor"] = load_image_processor(models.student_alone)
+    run = finish_run(
+        trainer, splits, data, teacher=teacher, teacher_processor=teacher_processor, teacher_name=models.teacher,
+        base_model=models.pretrained_weights or models.student, **alone,
+    )  # fmt: skip
+    for name, by_split in run.get("results", {}).items():
+        for split, scores in by_split.items():
+            print(
+                f"{name} on {split}: mIoU {scores['mean_iou']:.4f}, mF1 {scores['mean_f1']:.4f}, OA {scores['overall_accuracy']:.4f}"
+            )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,58 @@
+"""Train a segmentation model on labels alone: a teacher, or the student without a teacher as the baseline.
+
+accelerate launch scripts/train_teacher.py --config scripts/configs/dubai_upernet-lite2.yaml
+python scripts/train_teacher.py --model nvidia/mit-b2 --dataset data/potsdam --output_dir runs/teacher --max_steps 20000
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+
+from drd_hf import SegmentationConfig, SegmentationTrainer, load_image_processor, load_splits, load_student
+from drd_hf.arguments import parse_arguments
+from drd_hf.errors import run_script
+from drd_hf.runs import DataArguments, finish_run, prepare_output_dir, train_and_validation
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        default="",
+        metadata={
+            "help": "Hub id or folder of a checkpoint, or an architecture file (.json) to start from random values."
+        },
+    )
+    pretrained_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "For an architecture file: checkpoint folder or Hub id whose weights fit it, or a .safetensors file for its backbone."
+        },
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Normalisation, three values, images in 0..1."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Normalisation, three values, images in 0..1."}
+    )
+
+
+def main() -> None:
+    model_args, data, args = parse_arguments(ModelArguments, DataArguments, SegmentationConfig, description=__doc__)
+    resume = prepare_output_dir(args, data.overwrite)
+    set_seed(args.seed)
+
+    splits = load_splits(data.dataset)
+    model = load_student(model_args.model, splits.info.id2label, model_args.pretrained_weights)
+    processor = load_image_processor(model_args.model, model_args.image_mean, model_args.image_std)
+
+    trainer = SegmentationTrainer(model, args, processing_class=processor, **train_and_validation(splits, data))
+    trainer.train(resume_from_checkpoint=resume)
+    run = finish_run(trainer, splits, data, base_model=model_args.pretrained_weights or model_args.model)
+    for split, scores in run.get("results", {}).get("model", {}).items():
+        print(
+            f"{split}: mIoU {scores['mean_iou']:.4f}, mF1 {scores['mean_f1']:.4f}, OA {scores['overall_accuracy']:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,284 @@
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import MobileNetV2ImageProcessor, MobileViTImageProcessor, SegformerImageProcessor
+
+from drd_hf.data.facts import DatasetFacts, SegmentationClass
+from drd_hf.data.prepare import prepare_dataset
+from drd_hf.data.splits import load_splits
+from drd_hf.data.transforms import EvalTransform, SegmentationCollator, TrainTransform
+from drd_hf.errors import UserError
+
+PLAIN = {"horizontal_flip": False, "vertical_flip": False, "quarter_turns": False, "photometric": False}
+FACTS = DatasetFacts("town", (SegmentationClass("land", (0, 0, 0)), SegmentationClass("roof", (9, 9, 9))))
+
+
+@pytest.fixture(autouse=True)
+def isolated_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def blobs(size=64, classes=4, cell=8, seed=0):
+    """A label map of square cells and an image that shows label k as grey 40 * (k + 1): never 0."""
+    cells = np.random.default_rng(seed).integers(0, classes, (size // cell, size // cell))
+    label = np.kron(cells, np.ones((cell, cell), int)).astype(np.uint8)
+    return np.repeat(40 * (label + 1)[..., None], 3, axis=-1).astype(np.uint8), label
+
+
+def batch(*pairs, **columns):
+    columns |= {"image": [Image.fromarray(i) for i, _ in pairs], "label": [Image.fromarray(m) for _, m in pairs]}
+    return columns
+
+
+def draws(transform, pair, n, seed=0):
+    torch.manual_seed(seed)
+    out = transform(batch(*[pair] * n))
+    return list(zip(out["image"], out["labels"], strict=True))
+
+
+def test_result_is_plain_uint8_tensors_of_the_crop_size():
+    for image, labels in draws(TrainTransform(48), blobs(), 8):
+        assert type(image) is type(labels) is torch.Tensor
+        assert (image.shape, image.dtype) == ((3, 48, 48), torch.uint8)
+        assert (labels.shape, labels.dtype) == ((48, 48), torch.uint8)
+
+
+@pytest.mark.parametrize("scale", [(1, 1), (0.3, 0.9), (1, 3)])
+def test_image_and_labels_stay_together_through_every_geometric_step(scale):
+    for image, labels in draws(TrainTransform(48, scale=scale, photometric=False), blobs(cell=16), 20):
+        expected = torch.where(labels == 255, 0, 40 * (labels + 1))
+        # Away from class borders, which the image blurs, both must agree exactly: a 5 x 5 window of one value.
+        windows = labels.float()[None, None]
+        flat = torch.nn.functional.max_pool2d(windows, 5, 1) == -torch.nn.functional.max_pool2d(-windows, 5, 1)
+        assert flat.float().mean() > 0.15
+        inner = np.s_[2:-2, 2:-2]
+        assert ((image[0] - expected.float()).abs()[inner][flat[0, 0]] <= 1).all()
+
+
+def test_labels_take_the_pixel_at_the_centre_when_they_shrink():
+    # torch's "nearest" takes the first of three pixels, one pixel off the image, which is averaged around the centre.
+    label = np.random.default_rng(0).integers(0, 5, (96, 96), np.uint8)
+    image = np.repeat(label[..., None], 3, axis=-1)
+    (_, labels), *_ = draws(TrainTransform(32, scale=(1 / 3, 1 / 3), **PLAIN), (image, label), 1)
+    assert (labels.numpy() == label[1::3, 1::3]).all()
+
+
+def test_magnification_by_two_repeats_labels():
+    ((_, labels),) = draws(TrainTransform(64, scale=(2, 2), **PLAIN), blobs(cell=2), 1)
+    assert (labels[::2, ::2] == labels[1::2, 1::2]).all()
+    assert not (labels[::2, ::2][1:] == labels[::2, ::2][:-1]).all()
+
+
+def test_windows_beyond_the_tile_are_black_and_ignored_there():
+    image, label = blobs()
+    for new_image, labels in draws(TrainTransform(64, scale=(0.5, 0.5), **PLAIN), (image, label), 10):
+        assert (labels != 255).sum() == 32 * 32  # the tile at half its size, complete
+        assert (labels == 255).sum() == 64 * 64 - 32 * 32
+        rows, columns = torch.nonzero(labels != 255, as_tuple=True)
+        assert int(rows.max() - rows.min()) == int(columns.max() - columns.min()) == 31
+        far = labels == 255
+        far[max(rows.min() - 1, 0) : rows.max() + 2, max(columns.min() - 1, 0) : columns.max() + 2] = False
+        assert (new_image[:, far] == 0).all()
+
+
+def test_tile_that_is_not_square_is_cropped_along_its_long_side_only():
+    image, label = blobs(64)
+    for _, labels in draws(TrainTransform(32, scale=(1, 1), **PLAIN), (image[:32], label[:32]), 5):
+        matches = [(labels.numpy() == label[:32, left : left + 32]).all() for left in range(33)]
+        assert any(matches)
+
+
+def half_and_half(size=64):
+    label = np.zeros((size, size), np.uint8)
+    label[:, size // 2 :] = 1
+    return np.repeat(label[..., None], 3, axis=-1), label
+
+
+def largest_shares(transform, pair, n=60):
+    shares = []
+    for _, labels in draws(transform, pair, n):
+        counts = np.bincount(labels[labels != 255].numpy(), minlength=2)
+        shares.append(counts.max() / max(counts.sum(), 1))
+    return np.array(shares)
+
+
+def test_no_class_covers_more_than_its_share_where_that_can_be_had():
+    # A window of 32 meets the border of the halves in half of all places: ten tries miss it once in a thousand.
+    assert (largest_shares(TrainTransform(32, (1, 1), max_class_share=0.75, **PLAIN), half_and_half()) <= 0.75).all()
+    assert (largest_shares(TrainTransform(32, (1, 1), max_class_share=1, **PLAIN), half_and_half()) > 0.75).any()
+
+
+def test_tile_of_one_class_still_gives_a_crop():
+    image, label = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+    for _, labels in draws(TrainTransform(32, (1, 1)), (image, label), 3):
+        assert (labels == 0).all()
+
+
+def test_window_with_labels_is_preferred_to_one_without():
+    image, label = np.zeros((64, 64, 3), np.uint8), np.full((64, 64), 255, np.uint8)
+    label[:, :16] = 0  # a third of the windows reaches it, and it is the only class there
+    crops = draws(TrainTransform(16, (1, 1), **PLAIN), (image, label), 40)
+    assert np.mean([(labels != 255).any() for _, labels in crops]) > 0.9
+
+
+def test_tile_without_labels_gives_a_crop_without_labels():
+    image, label = np.zeros((64, 64, 3), np.uint8), np.full((64, 64), 255, np.uint8)
+    ((_, labels),) = draws(TrainTransform(32), (image, label), 1)
+    assert (labels == 255).all()
+
+
+def test_all_eight_orientations_occur():
+    label = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    image = np.repeat(label[..., None], 3, axis=-1)
+    turned = [np.rot90(m, k) for m in (label, label.T) for k in range(4)]
+    seen = set()
+    for _, labels in draws(TrainTransform(4, (1, 1), photometric=False), (image, label), 200):
+        (index,) = [i for i, m in enumerate(turned) if (m == labels.numpy()).all()]
+        seen.add(index)
+    assert seen == set(range(8))
+
+
+def test_photometric_changes_images_and_never_labels():
+    pair = blobs()
+    image, label = (torch.from_numpy(x) for x in pair)
+    switches = {**PLAIN, "photometric": True}
+    crops = draws(TrainTransform(64, (1, 1), **switches), pair, 20)
+    assert all((labels == label).all() for _, labels in crops)
+    changed = [(new != image.permute(2, 0, 1)).any().item() for new, _ in crops]
+    assert 0 < sum(changed) < 20
+
+
+def test_torch_seed_alone_decides_and_workers_can_have_a_copy():
+    pair = blobs()
+    transform = TrainTransform(48)
+    copy = pickle.loads(pickle.dumps(transform))
+    np.random.seed(1)
+    first = draws(transform, pair, 6, seed=3)
+    np.random.seed(2)
+    again, other = draws(copy, pair, 6, seed=3), draws(transform, pair, 6, seed=4)
+    assert all((a == b).all() for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+    assert any((x[1] != y[1]).any() for x, y in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"crop_size": 0}, "crop_size is 0"),
+        ({"crop_size": 8, "scale": (2, 1)}, "scale is"),
+        ({"crop_size": 8, "scale": (0, 1)}, "scale is"),
+        ({"crop_size": 8, "max_class_share": 0}, "max_class_share is 0"),
+    ],
+)
+def test_wrong_settings_are_refused(kwargs, message):
+    with pytest.raises(UserError, match=message):
+        TrainTransform(**kwargs)
+
+
+def test_eval_transform_leaves_tiles_as_they_are():
+    pair = blobs()
+    out = EvalTransform()(batch(pair))
+    assert (out["image"][0].permute(1, 2, 0).numpy() == pair[0]).all()
+    assert (out["labels"][0].numpy() == pair[1]).all()
+
+
+def read_random(record):
+    """Sources of different sizes; in record 2 the left part is ignored, so that tiles of its grid are left out."""
+    rng = np.random.default_rng(record)
+    height, width = 20 + 3 * record, 37 - 5 * record
+    label = rng.integers(0, 2, (height, width)).astype(np.uint8)
+    if record == 2:
+        label[:, :17] = 255
+    return rng.integers(0, 256, (height, width, 3), np.uint8), label, f"image {record}", {}
+
+
+@pytest.mark.parametrize("stride", [16, 8, 5])
+def test_each_pixel_of_a_prepared_split_is_counted_once(tmp_path, stride):
+    records = [0, 1, 2, 3]
+    prepare_dataset({"test": records}, read_random, FACTS, tmp_path / "out", tile_size=16, stride=stride)
+    dataset = load_splits(tmp_path / "out")["test"]
+    expected = sum(np.bincount(read_random(r)[1].ravel(), minlength=256)[:2] for r in records)
+
+    def counts(transform):
+        labels = dataset.with_transform(transform)[:]["labels"]
+        return sum(torch.bincount(x.flatten(), minlength=256) for x in labels)[:2].tolist()
+
+    assert counts(EvalTransform(dataset)) == expected.tolist()
+    assert counts(EvalTransform()) != expected.tolist()
+    assert counts(pickle.loads(pickle.dumps(EvalTransform(dataset)))) == expected.tolist()
+    # Made from a split that has a transform already, as in a second evaluation.
+    assert counts(EvalTransform(dataset.with_transform(EvalTransform()))) == expected.tolist()
+
+
+def test_eval_transform_refuses_tiles_of_another_split(tmp_path):
+    prepare_dataset({"train": [0], "test": [1]}, read_random, FACTS, tmp_path / "out", tile_size=16)
+    splits = load_splits(tmp_path / "out")
+    with pytest.raises(UserError, match="is not in the dataset"):
+        splits["train"].with_transform(EvalTransform(splits["test"]))[0]
+
+
+def items(n=2, size=16):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "image": torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8),
+            "labels": torch.randint(0, 5, (size, size), generator=generator, dtype=torch.uint8),
+        }
+        for _ in range(n)
+    ]
+
+
+PROCESSORS = [
+    SegformerImageProcessor(do_resize=False),
+    SegformerImageProcessor(do_resize=False, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]),
+    SegformerImageProcessor(do_resize=False, do_normalize=False),
+    SegformerImageProcessor(do_resize=False, do_rescale=False, image_mean=[100.0] * 3, image_std=[50.0] * 3),
+    MobileNetV2ImageProcessor(do_resize=False, do_center_crop=False),
+    MobileViTImageProcessor(do_resize=False, do_center_crop=False),  # reverses the channels
+]
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+def test_pixel_values_equal_those_of_the_image_processor(processor):
+    data = items()
+    batch = SegmentationCollator(processor)(data)
+    expected = processor([x["image"] for x in data], return_tensors="pt")["pixel_values"]
+    assert batch["pixel_values"].dtype == torch.float32
+    torch.testing.assert_close(batch["pixel_values"], expected.float(), atol=1e-5, rtol=1e-5)
+    assert batch["labels"].dtype == torch.int64
+    assert (batch["labels"] == torch.stack([x["labels"] for x in data])).all()
+    assert set(batch) == {"pixel_values", "labels"}
+
+
+def test_collator_leaves_the_items_unchanged():
+    data = items()
+    before = [x["image"].clone() for x in data]
+    SegmentationCollator(PROCESSORS[0], PROCESSORS[4])(data)
+    assert all((x["image"] == y).all() for x, y in zip(data, before, strict=True))
+
+
+def test_teacher_gets_its_own_pixels_only_where_it_is_normalised_differently():
+    student, teacher = PROCESSORS[0], PROCESSORS[4]
+    data = items()
+    batch = SegmentationCollator(student, teacher)(data)
+    expected = teacher([x["image"] for x in data], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["teacher_pixel_values"], expected, atol=1e-5, rtol=1e-5)
+    same = SegmentationCollator(student, SegformerImageProcessor(size={"height": 7, "width": 7}))(data)
+    assert "teacher_pixel_values" not in same
+
+
+def test_collator_can_be_sent_to_workers():
+    collator = pickle.loads(pickle.dumps(SegmentationCollator(PROCESSORS[0], PROCESSORS[4])))
+    assert set(collator(items())) == {"pixel_values", "labels", "teacher_pixel_values"}
+
+
+def test_items_of_different_sizes_are_refused():
+    with pytest.raises(UserError, match="different sizes in one batch: 16x16, 24x24"):
+        SegmentationCollator(PROCESSORS[0])(items(1) + items(1, size=24))
+    broken = items(1)
+    broken[0]["labels"] = broken[0]["labels"][:8]
+    with pytest.raises(UserError, match="different sizes"):
+        SegmentationCollator(PROCESSORS[0])(broken)

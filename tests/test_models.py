@@ -1,0 +1,133 @@
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForSemanticSegmentation
+
+from drd_hf.errors import UserError
+from drd_hf.models import load_image_processor, load_student, load_teacher
+
+from .conftest import LABELS, tiny_config, tiny_model
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    path = tmp_path / "segformer.json"
+    config = tiny_config("segformer").to_dict()
+    kept = ("model_type", "depths", "hidden_sizes", "num_attention_heads", "decoder_hidden_size")
+    path.write_text(json.dumps({name: config[name] for name in kept}))
+    return str(path)
+
+
+def test_an_architecture_file_gives_a_model_with_the_labels_of_the_task(architecture):
+    model = load_student(architecture, {0: "sea", 1: "ice"})
+    assert model.config.id2label == {0: "sea", 1: "ice"} and model.config.label2id == {"sea": 0, "ice": 1}
+    assert model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape[1] == 2
+    assert model.config.semantic_loss_ignore_index == 255
+
+
+def test_a_checkpoint_with_other_labels_gets_a_new_head_and_keeps_its_body(tmp_path):
+    trained = tiny_model("segformer", seed=3)
+    trained.save_pretrained(tmp_path)
+    student = load_student(str(tmp_path), {i: f"class {i}" for i in range(5)})
+    assert student.decode_head.classifier.weight.shape[0] == 5
+    torch.testing.assert_close(student.decode_head.linear_fuse.weight, trained.decode_head.linear_fuse.weight)
+
+
+def test_a_teacher_is_frozen_and_in_eval_mode(tmp_path):
+    tiny_model("upernet").save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_pretrained_weights_of_a_checkpoint_start_an_architecture(tmp_path, architecture):
+    trained = tiny_model("segformer", seed=3)
+    trained.save_pretrained(tmp_path / "checkpoint")
+    student = load_student(architecture, LABELS, str(tmp_path / "checkpoint"))
+    torch.testing.assert_close(student.decode_head.linear_fuse.weight, trained.decode_head.linear_fuse.weight)
+
+
+def test_backbone_weights_from_a_safetensors_file(tmp_path):
+    path, weights = tmp_path / "upernet.json", tmp_path / "backbone.safetensors"
+    config = tiny_config("upernet").to_dict()
+    path.write_text(
+        json.dumps(
+            {name: config[name] for name in ("model_type", "backbone_config", "hidden_size", "use_auxiliary_head")}
+        )
+    )
+    trained = tiny_model("upernet", seed=5)
+    state = {k: v.contiguous() for k, v in trained.backbone.state_dict().items()}
+    save_file({**state, "classifier.weight": torch.zeros(2)}, weights)  # an image classifier has more than a backbone
+    student = load_student(str(path), LABELS, str(weights))
+    for name, value in student.backbone.state_dict().items():
+        torch.testing.assert_close(value, state[name])
+
+    first = next(iter(state))
+    save_file({k: v for k, v in state.items() if k != first}, weights)
+    with pytest.raises(UserError, match=f"lacks: {first}"):
+        load_student(str(path), LABELS, str(weights))
+
+
+def test_real_efficientnet_weights_fill_the_timm_backbone(real_data):
+    pytest.importorskip("timm")
+    student = load_student(
+        "scripts/configs/models/upernet_efficientnet_lite2.json",
+        LABELS,
+        str(real_data / "weights/tf_efficientnet_lite2/model.safetensors"),
+    )
+    assert student.eval()(pixel_values=torch.zeros(1, 3, 64, 64)).logits.shape == (1, 3, 64, 64)
+
+
+def test_batch_norm_of_mobilenet_v2_does_not_follow_only_the_last_batch():
+    # transformers passes TensorFlow's decay 0.997 as PyTorch's momentum, which means the opposite.
+    raw = AutoModelForSemanticSegmentation.from_config(tiny_config("mobilenet_v2"))
+    assert any(m.momentum > 0.5 for m in raw.modules() if isinstance(m, nn.BatchNorm2d)), "fixed upstream: drop ours"
+
+
+def test_loaded_students_have_slow_batch_norm(tmp_path, caplog):
+    tiny_model("mobilenet_v2").save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="drd_hf.models"):
+        student = load_student(str(tmp_path))
+    assert {m.momentum for m in student.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+    assert "momentum" in caplog.text
+
+
+def test_image_processor_leaves_size_and_labels_alone(tmp_path, architecture):
+    processor = load_image_processor(architecture, [0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+    assert (processor.image_mean, processor.image_std) == ([0.5] * 3, [0.25] * 3)
+    processor.do_resize = processor.do_reduce_labels = True
+    processor.save_pretrained(tmp_path / "model")
+    again = load_image_processor(str(tmp_path / "model"))
+    assert not again.do_resize and not again.do_reduce_labels
+    assert again(torch.zeros(3, 40, 52, dtype=torch.uint8), return_tensors="pt")["pixel_values"].shape == (
+        1,
+        3,
+        40,
+        52,
+    )
+
+
+def test_damaged_and_missing_models_are_named(tmp_path, architecture):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text('{"model_type": "segformer", ')
+    (tmp_path / "unknown.json").write_text('{"model_type": "no_such_family"}')
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00")
+    cases = [
+        (lambda: load_student(str(tmp_path / "nowhere")), "nowhere: no such model folder"),
+        (lambda: load_student(str(tmp_path / "empty")), "no config.json"),
+        (lambda: load_student(str(tmp_path / "none.json")), "no such architecture file"),
+        (lambda: load_student(str(tmp_path / "broken.json")), "broken.json: not an architecture"),
+        (lambda: load_student(str(tmp_path / "unknown.json")), "unknown.json: not an architecture"),
+        (lambda: load_student(architecture, {1: "a", 2: "b"}), "number the classes 0..1"),
+        (lambda: load_student(architecture, LABELS, str(tmp_path / "cut.safetensors")), "not a readable safetensors"),
+        (lambda: load_student(architecture, LABELS, str(tmp_path / "no.safetensors")), "no such weights file"),
+        (lambda: load_teacher(architecture), "a teacher needs trained weights"),
+        (lambda: load_image_processor(str(tmp_path / "empty")), "preprocessor_config.json"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
