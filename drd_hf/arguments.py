@@ -45,6 +45,13 @@ def parse_arguments(*dataclass_types, description: str, argv: list[str] | None =
     return tuple(parsed)
 
 
+def require(**options) -> None:
+    """Refuse options that were left empty: ``require(model=args.model)``."""
+    for name, value in options.items():
+        if not value:
+            raise UserError(f"--{name} is missing: give it on the command line or in the --config file")
+
+
 def _yaml_options(path: str, known: set[str]) -> list[str]:
     """A flat YAML file as command-line words, so that the parser gives every value its type."""
     try:

@@ -16,7 +16,7 @@ from drd_hf import (
     load_student,
     load_teacher,
 )
-from drd_hf.arguments import parse_arguments
+from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
 from drd_hf.runs import DataArguments, finish_run, prepare_output_dir, train_and_validation
 
@@ -50,6 +50,7 @@ class ModelArguments:
 
 def main() -> None:
     models, data, args = parse_arguments(ModelArguments, DataArguments, DistillationConfig, description=__doc__)
+    require(teacher=models.teacher, student=models.student, dataset=data.dataset)
     resume = prepare_output_dir(args, data.overwrite)
     set_seed(args.seed)
 

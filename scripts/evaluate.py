@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from drd_hf import load_image_processor, load_splits, load_teacher
-from drd_hf.arguments import parse_arguments
+from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import UserError, run_script
 from drd_hf.evaluation import EVALUATION_PROTOCOL, check_labels, evaluate_model
 
@@ -28,6 +28,7 @@ class EvaluationArguments:
 
 def main() -> None:
     (args,) = parse_arguments(EvaluationArguments, description=__doc__)
+    require(model=args.model, dataset=args.dataset)
     splits = load_splits(args.dataset)
     if args.split not in splits:
         raise UserError(f"{args.dataset} has no split {args.split!r}, only {', '.join(splits)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 
 from drd_hf import SegmentationConfig, SegmentationTrainer, load_image_processor, load_splits, load_student
-from drd_hf.arguments import parse_arguments
+from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
 from drd_hf.runs import DataArguments, finish_run, prepare_output_dir, train_and_validation
 
@@ -38,6 +38,7 @@ class ModelArguments:
 
 def main() -> None:
     model_args, data, args = parse_arguments(ModelArguments, DataArguments, SegmentationConfig, description=__doc__)
+    require(model=model_args.model, dataset=data.dataset)
     resume = prepare_output_dir(args, data.overwrite)
     set_seed(args.seed)
 
