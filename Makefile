@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test test-slow style check dubai clean
+.PHONY: setup demo test test-slow test-floor style check dubai clean
 
 setup: $(READY)
 $(READY): setup.cfg pyproject.toml
@@ -21,6 +21,14 @@ test: $(READY)  ## the whole offline suite
 test-slow: $(READY)  ## also the tests that take minutes
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+test-floor:  ## the suite on the oldest supported versions
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/floor.txt --editable '.[test]'
+	$(VENV)-floor/bin/python -m pytest
+
+dubai: $(READY)  ## the comparison on aerial_dubai (needs ../shared/data, hours on CPU)
+	$(BIN)/python benchmarks/dubai.py
+
 style: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -30,4 +38,4 @@ check: $(READY)  ## what CI demands of the style
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-floor demo

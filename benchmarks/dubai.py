@@ -101,7 +101,10 @@ def main() -> None:
     print(f"\n{'method':10} {'seed':>4} {'val mIoU':>9} {'test mIoU':>10} {'test mF1':>9} {'test OA':>8}")
     rows = [("teacher", report["teacher"])] if report["teacher"] else []
     for method, row in rows + [(r["method"], r) for r in results]:
-        columns = (row.get(key, float("nan")) for key in ("validation_mean_iou", "test_mean_iou", "test_mean_f1", "test_overall_accuracy"))
+        columns = (
+            row.get(key, float("nan"))
+            for key in ("validation_mean_iou", "test_mean_iou", "test_mean_f1", "test_overall_accuracy")
+        )
         print(f"{method:10} {row['seed']:4} " + " ".join(f"{v:9.4f}" for v in columns))
 
 

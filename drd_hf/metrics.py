@@ -94,7 +94,7 @@ class SegmentationMetrics:
                 "pass class ids of the same shape, or float logits (B, K, h, w)"
             )
         counted = references != self.ignore_index
-        reference, prediction = references[counted], predictions[counted].to(torch.int64)
+        reference, prediction = references[counted], predictions.to(torch.int64)[counted]
         self._refuse_unknown("references", reference, f" (and {self.ignore_index} = ignored)")
         self._refuse_unknown("predictions", prediction, "")
         k = len(self.class_names)

@@ -23,7 +23,9 @@ def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("name: from file\nrate: 1e-3\nsizes: [1, 2]\nflag: true\n")
     assert parse("--config", str(path)) == Options("from file", 1e-3, [1, 2], True)  # YAML reads 1e-3 as text
-    assert parse("--config", str(path), "--name", "mine", "--sizes", "7", "--flag", "false") == Options("mine", 1e-3, [7], False)
+    assert parse("--config", str(path), "--name", "mine", "--sizes", "7", "--flag", "false") == Options(
+        "mine", 1e-3, [7], False
+    )
 
 
 def test_null_in_the_file_keeps_the_default(tmp_path):
@@ -69,4 +71,8 @@ def test_training_arguments_parse_with_our_defaults(tmp_path):
         description="test",
         argv=["--output_dir", str(tmp_path), "--channel_relation_weight", "3", "--feature_layers", "a=b", "c"],
     )
-    assert (args.channel_relation_weight, args.feature_layers, args.remove_unused_columns) == (3.0, ["a=b", "c"], False)
+    assert (args.channel_relation_weight, args.feature_layers, args.remove_unused_columns) == (
+        3.0,
+        ["a=b", "c"],
+        False,
+    )

@@ -20,7 +20,11 @@ def run_script(*words, cwd=ROOT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script, *options = map(str, words)
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *options], capture_output=True, text=True, cwd=cwd, env=environment
+        [sys.executable, str(ROOT / "scripts" / script), *options],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
     )
 
 
@@ -65,7 +69,9 @@ def test_a_student_folder_is_a_plain_transformers_model(project):
 
 
 def test_student_works_where_drd_hf_is_not_installed(project):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(project / "image.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(
+        project / "image.png"
+    )
     code = f"""
 import sys
 sys.modules["drd_hf"] = None  # importing it now fails
@@ -88,7 +94,11 @@ assert all(r["mask"].size == (130, 90) for r in results)
 def test_card_carries_the_measured_numbers(project):
     run = json.loads((project / "student" / "run.json").read_text())
     card = ModelCard.load(project / "student" / "README.md")
-    assert (card.data.pipeline_tag, card.data.library_name, card.data.license) == ("image-segmentation", "transformers", "apache-2.0")
+    assert (card.data.pipeline_tag, card.data.library_name, card.data.license) == (
+        "image-segmentation",
+        "transformers",
+        "apache-2.0",
+    )
     on_card = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
     for split in ("validation", "test"):
         assert on_card[split, "mean_iou"] == run["results"]["model"][split]["mean_iou"]
@@ -98,7 +108,15 @@ def test_card_carries_the_measured_numbers(project):
 
 def test_evaluate_agrees_with_the_run(project):
     done = succeed(
-        "evaluate.py", "--model", project / "student", "--dataset", project / "tiles", "--output", project / "scores.json", "--device", "cpu"
+        "evaluate.py",
+        "--model",
+        project / "student",
+        "--dataset",
+        project / "tiles",
+        "--output",
+        project / "scores.json",
+        "--device",
+        "cpu",
     )
     report = json.loads((project / "scores.json").read_text())
     run = json.loads((project / "student" / "run.json").read_text())
@@ -109,7 +127,17 @@ def test_evaluate_agrees_with_the_run(project):
 
 def test_interrupted_training_resumes_from_its_checkpoint(project):
     common = ["--teacher", project / "teacher", "--student", architecture(project, 1), "--dataset", project / "tiles"]
-    common += [*TRAINING, "--output_dir", project / "resumed", "--save_strategy", "steps", "--save_steps", "2", "--evaluate_on", "validation"]
+    common += [
+        *TRAINING,
+        "--output_dir",
+        project / "resumed",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--evaluate_on",
+        "validation",
+    ]
     succeed("distill.py", *common)
     assert (project / "resumed" / "checkpoint-2" / "projectors.safetensors").is_file()
     refused = run_script("distill.py", *common)
