@@ -16,6 +16,7 @@ _EXPORTS = {
     "DistillationConfig": "trainer",
     "DistillationTrainer": "trainer",
     "SegmentationMetrics": "metrics",
+    "predict_image": "inference",
     "load_splits": "data",
     "load_teacher": "models",
     "load_student": "models",

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import SegformerImageProcessor
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from drd_hf.errors import UserError
+from drd_hf.inference import predict_image
+
+from .conftest import tiny_config, tiny_model
+
+PROCESSOR = SegformerImageProcessor(do_resize=True, size={"height": 16, "width": 16})  # resizing must be overruled
+
+
+class ColourModel(nn.Module):
+    """Class k where channel k is the brightest: a pixel-wise model, whose answer no window can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.scale = tiny_config("segformer"), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixel_values):
+        return SemanticSegmenterOutput(logits=self.scale * pixel_values)
+
+
+@pytest.mark.parametrize("size", [(40, 90), (64, 64), (100, 33), (5, 7), (1, 1)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
+def test_windows_do_not_change_what_a_pixelwise_model_says(size, overlap):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    pixels = PROCESSOR(images=image, do_resize=False, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    expected = (2 * pixels).softmax(1)[0].numpy()
+    classes, probabilities = predict_image(ColourModel(), PROCESSOR, image, 32, overlap, return_probabilities=True)
+    assert classes.shape == size and classes.dtype == np.uint8
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    np.testing.assert_array_equal(classes, expected.argmax(0))
+
+
+def test_an_image_of_one_window_is_what_the_model_says():
+    model = tiny_model("segformer").eval()
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    logits = model(PROCESSOR(image, do_resize=False, return_tensors="pt")["pixel_values"]).logits
+    expected = nn.functional.interpolate(logits, size=(64, 96), mode="bilinear").argmax(1)[0]
+    np.testing.assert_array_equal(predict_image(model, PROCESSOR, image, tile=128), expected)
+
+
+def test_blended_windows_have_softer_seams_than_cut_ones():
+    model = tiny_model("segformer").eval()
+    image = np.random.default_rng(2).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    steps = {}
+    for overlap in (0.0, 0.5):
+        _, p = predict_image(model, PROCESSOR, image, 64, overlap, return_probabilities=True)
+        steps[overlap] = np.abs(p[:, :, 64] - p[:, :, 63]).mean()
+    assert steps[0.5] < steps[0.0]
+
+
+def test_wrong_images_and_windows_are_refused():
+    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(UserError, match="RGB uint8"):
+            predict_image(ColourModel(), PROCESSOR, image)
+    with pytest.raises(UserError, match="overlap=1"):
+        predict_image(ColourModel(), PROCESSOR, np.zeros((4, 4, 3), np.uint8), overlap=1)
