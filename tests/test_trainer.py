@@ -96,8 +96,8 @@ def test_logged_terms_are_those_of_the_definition(tmp_path):
     trainer.train()
     batch = SegmentationCollator(SegformerImageProcessor(do_resize=False))([RandomTiles()[i] for i in range(8)])
     kept = {}
-    student.decode_head.activation.register_forward_hook(lambda m, a, out: kept.update(student=out))
-    teacher.decode_head.fpn_bottleneck.register_forward_hook(lambda m, a, out: kept.update(teacher=out))
+    student.decode_head.batch_norm.register_forward_hook(lambda m, a, out: kept.update(student=out))
+    teacher.decode_head.fpn_bottleneck.batch_norm.register_forward_hook(lambda m, a, out: kept.update(teacher=out))
     task_loss = student(**batch).loss
     teacher(pixel_values=batch["pixel_values"])
     rows = []
