@@ -43,7 +43,7 @@ def run(command: str) -> None:
     subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
 
 
-def entry(folder: str, command: str) -> dict | None:
+def entry(folder: str) -> dict | None:
     path = ROOT / folder / "run.json"
     if not path.is_file():
         return None
@@ -55,7 +55,7 @@ def entry(folder: str, command: str) -> dict | None:
         if name in REPORTED or name.startswith("iou_")
     }
     kept = ("seed", "steps", "seconds", "num_parameters", "milliseconds_per_tile", "settings", "versions")
-    return {**scores, **{name: run[name] for name in kept}, "command": command}
+    return {**scores, **{name: run[name] for name in kept}, "command": run["command"]}
 
 
 def main() -> None:
@@ -83,17 +83,18 @@ def main() -> None:
             folder = f"runs/dubai/{method}_steps{args.steps}_seed{seed}"
             if not args.collect_only and not (ROOT / folder / "run.json").is_file():
                 run(f"{command} --overwrite true --disable_tqdm true")
-            found = entry(folder, command)
+            found = entry(folder)
             if found:
                 results.append({"method": method, **found})
     report = {
         "dataset": "aerial_dubai, half resolution, tiles of 256, train 1 2 3 5 7, validation 4, test 6 8",
         "pair": "UperNet EfficientNet-Lite2 (ImageNet) -> SegFormer of half B0 width (random values)",
         "prepare": prepare,
-        "teacher": entry(TEACHER, teacher),
+        "teacher": entry(TEACHER),
         "runs": results,
     }
     path = ROOT / args.output
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, path)

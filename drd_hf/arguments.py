@@ -37,9 +37,12 @@ def parse_arguments(*dataclass_types, description: str, argv: list[str] | None =
     path = finder.parse_known_args(argv)[0].config
     known = {option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")}
     from_file = _yaml_options(path, known) if path else []
-    *parsed, namespace, unknown = parser.parse_args_into_dataclasses(
-        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, namespace, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:  # options that contradict each other, as TrainingArguments finds them
+        raise UserError(" ".join(str(error).split())) from error
     if unknown:
         raise UserError(f"unknown option {unknown[0]}; nearest: {nearest(unknown[0].lstrip('-'), known)}")
     return tuple(parsed)

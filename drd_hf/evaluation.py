@@ -37,7 +37,7 @@ def evaluate_model(
     Raises:
         UserError: the dataset has labels that the model does not know.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     model = model.to(device).eval()
     metrics = SegmentationMetrics(model.config.id2label)
     loader = DataLoader(
@@ -52,11 +52,16 @@ def evaluate_model(
     return metrics
 
 
+def same_labels(model: PreTrainedModel, id2label: dict[int, str]) -> bool:
+    """Whether the model has exactly these classes, in this order."""
+    return {int(i): name for i, name in model.config.id2label.items()} == dict(id2label)
+
+
 def check_labels(model: PreTrainedModel, id2label: dict[int, str], what: str) -> None:
-    """Refuse a model whose labels are not the dataset's, in name and order."""
-    ours = {int(i): name for i, name in model.config.id2label.items()}
-    if ours != dict(id2label):
-        raise UserError(f"{what} predicts {list(ours.values())}, the dataset has {list(id2label.values())}")
+    """Refuse a model whose classes are not the dataset's, in name and order."""
+    if not same_labels(model, id2label):
+        ours = list(model.config.id2label.values())
+        raise UserError(f"{what} predicts {ours}, the dataset has {list(id2label.values())}")
 
 
 def milliseconds_per_tile(
@@ -72,7 +77,7 @@ def milliseconds_per_tile(
         device: default CUDA if there is one, else CPU.
         rounds: timed passes of each model, after two that are not counted.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     models = [model.to(device).eval() for model in models]
     tile = torch.zeros(1, 3, tile_size, tile_size, device=device)
     times = [[] for _ in models]
@@ -86,3 +91,12 @@ def milliseconds_per_tile(
                 if turn >= 2:
                     of_model.append(1000 * (time.perf_counter() - start))
     return [statistics.median(of_model) for of_model in times]
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: not available here ({str(error).strip().splitlines()[0]})") from error
+    return device

@@ -75,19 +75,30 @@ class FeatureHooks:
 
 
 def feature_widths(model: nn.Module, layers: Iterable[str], image_size: int = 64) -> dict[str, int]:
-    """Number of channels of each layer's feature map, {layer: C}, from one forward pass on a blank image."""
+    """Number of channels of each layer's feature map, {layer: C}, from two forward passes on blank images.
+
+    Raises:
+        UserError: the "channels" of a layer change with the size of the image: its maps are (B, H, W, C).
+    """
     config = getattr(model, "config", None)
     channels = getattr(config, "num_channels", None) or 3
     parameter = next(model.parameters())
-    blank = torch.zeros(1, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     training = model.training
     model.eval()
     try:
         with FeatureHooks(model, layers) as hooks, torch.no_grad():
-            model(pixel_values=blank)
-            return {layer: feature.shape[1] for layer, feature in hooks.pop().items()}
+            widths = []
+            for size in (image_size, 2 * image_size):
+                model(
+                    pixel_values=torch.zeros(1, channels, size, size, device=parameter.device, dtype=parameter.dtype)
+                )
+                widths.append({layer: feature.shape[1] for layer, feature in hooks.pop().items()})
     finally:
         model.train(training)
+    for layer, width in widths[0].items():
+        if widths[1][layer] != width:
+            raise UserError(f"layer {layer!r} gives channels last, not (B, C, H, W): choose another layer")
+    return widths[0]
 
 
 def _feature_map(output, layer: str) -> torch.Tensor:

@@ -105,7 +105,7 @@ class SegmentationMetrics:
         """Add the counts of `other`, which must have the same classes in the same order."""
         if other.class_names != self.class_names:
             raise UserError(f"cannot merge metrics of the classes {other.class_names} into {self.class_names}")
-        self._matrix += other._matrix.to(self._matrix.device)
+        self._matrix = self._matrix + other._matrix.to(self._matrix.device)
 
     def compute(self, reset: bool = False) -> dict[str, float]:
         """Scores from 0 to 1 (kappa from -1) as Python floats; with `reset` the counts start again at zero.

@@ -4,7 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -22,8 +24,8 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 
 # The last batch norm before the classifier of each family: everything the model knows about a pixel has come together
-# there, and features are centred. After the ReLU that follows, all cosines are positive and a relation map varies a
-# third as much. Several names where versions of transformers differ; the first that the model has is taken.
+# there, and features are centred. After the ReLU that follows all cosines are positive, and a relation map tells less.
+# Several names where versions of transformers differ; the first that the model has is taken.
 DEFAULT_FEATURE_LAYERS = {
     "segformer": ("decode_head.batch_norm",),
     "upernet": ("decode_head.fpn_bottleneck.batch_norm",),
@@ -97,6 +99,9 @@ def load_student(
                 _load_backbone(model, pretrained_weights)
         else:
             model = _from_pretrained(pretrained_weights, new_head=True, config=config, **kwargs)
+    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, IGNORE_INDEX)
     _slow_down_batch_norm(model)
     return model
 
@@ -124,11 +129,12 @@ def load_image_processor(
     for switch in ("do_resize", "do_center_crop", "do_reduce_labels"):
         if hasattr(processor, switch):
             setattr(processor, switch, False)
-    processor.do_normalize = True
-    if image_mean is not None:
-        processor.image_mean = [float(x) for x in image_mean]
-    if image_std is not None:
-        processor.image_std = [float(x) for x in image_std]
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if values is not None:
+            if len(values) != 3:
+                raise UserError(f"{name} {values}: give three values, one for each channel")
+            setattr(processor, name, [float(x) for x in values])
+            processor.do_normalize = True
     return processor
 
 
@@ -143,12 +149,32 @@ def _from_pretrained(name_or_path: str, new_head: bool = False, **kwargs) -> Pre
         raise UserError(f"{path}: not a model folder, it has no config.json")
     if not path.is_dir() and (path.is_absolute() or str(name_or_path).startswith(".") or path.is_file()):
         raise UserError(f"{path}: no such model folder")
+    kwargs.setdefault(
+        "dtype", torch.float32
+    )  # else a checkpoint in half precision stays so; mixed precision is the trainer's
     try:
-        return AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path, use_safetensors=True, ignore_mismatched_sizes=new_head, **kwargs
+        model, report = AutoModelForSemanticSegmentation.from_pretrained(
+            name_or_path, use_safetensors=True, ignore_mismatched_sizes=new_head, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, HFValidationError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError) as error:
         raise UserError(f"{name_or_path}: cannot be loaded as a segmentation model ({_first_line(error)})") from error
+    # from_pretrained fills what the checkpoint lacks with random values and only prints a report.
+    lacking = {
+        key[0] if isinstance(key, tuple) else key for key in (*report["missing_keys"], *report["mismatched_keys"])
+    }
+    lacking = {key for key in lacking if not key.endswith("num_batches_tracked")}
+    if lacking and not new_head:
+        raise UserError(
+            f"{name_or_path}: {len(lacking)} tensors have no trained values, the first is {min(lacking)}: "
+            "give a checkpoint that was trained for segmentation"
+        )
+    total = len(model.state_dict())
+    if len(lacking) > 0.75 * total:  # a head may be new, a body may not
+        raise UserError(
+            f"{name_or_path}: fits only {total - len(lacking)} of the {total} tensors of {type(model).__name__}, "
+            "choose a checkpoint of the same architecture"
+        )
+    return model
 
 
 def _slow_down_batch_norm(model: nn.Module) -> None:
@@ -174,9 +200,6 @@ def _read_architecture(path: str, labels: dict):
         raise UserError(f"{path}: not an architecture (config.json with model_type): {_first_line(error)}") from error
     for name, value in labels.items():
         setattr(config, name, value)
-    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
-        if hasattr(config, name):
-            setattr(config, name, IGNORE_INDEX)
     return config
 
 

@@ -123,11 +123,12 @@ def channel_relation_distance(
 
 
 def resize_to(features: torch.Tensor, size) -> torch.Tensor:
-    """(B, C, H, W) resized to the grid `size` = (h, w): bilinear, antialiased where it shrinks; unchanged if equal."""
+    """(B, C, H, W) resized to the grid `size` = (h, w): bilinear, antialiased where it shrinks, in float32; unchanged if equal."""
     size = tuple(int(n) for n in size)
     if tuple(features.shape[-2:]) == size:
         return features
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False, antialias=True)
+    with torch.autocast(device_type=features.device.type, enabled=False):  # antialiasing has no bfloat16 form on CPU
+        return F.interpolate(_wide(features), size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def _gram_distance(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -229,12 +230,15 @@ def _full_precision(features: torch.Tensor):
         if features.device.type != "cuda":
             yield
             return
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        matmul = torch.backends.cuda.matmul
+        # Newer versions of torch refuse to read the old switch once the new one was used.
+        switch, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(matmul, switch)
+        setattr(matmul, switch, off)
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+            setattr(matmul, switch, before)
 
 
 def _check(relation: str, temperature: float, *features: torch.Tensor) -> None:

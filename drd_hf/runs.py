@@ -1,8 +1,10 @@
 """What every training script does before and after `trainer.train()`: options of the data, output folder, results, card."""
 
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -12,18 +14,20 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from . import __version__
 from .cards import MeasuredResult, ModelCardFacts, Timing, hub_id, write_model_card
 from .data.splits import SegmentationSplits
 from .data.transforms import EvalTransform, TrainTransform
 from .errors import UserError
-from .evaluation import EVALUATION_PROTOCOL, check_labels, evaluate_model, milliseconds_per_tile
+from .evaluation import EVALUATION_PROTOCOL, evaluate_model, milliseconds_per_tile, same_labels
 from .models import count_parameters
 from .trainer import DistillationConfig, SegmentationConfig, SegmentationTrainer
 
 RUN_NAME = "run.json"
+# What the folder of a run may hold, so that --overwrite never touches anything else.
+OF_A_RUN = ("config.json", RUN_NAME, "runs")
 
 
 @dataclass
@@ -66,52 +70,68 @@ def train_and_validation(splits: SegmentationSplits, data: DataArguments) -> dic
     }
 
 
-def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> bool | str | None:
-    """Refuse to mix two runs in one folder; gives what `trainer.train(resume_from_checkpoint=...)` wants.
+def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
+    """Refuse to mix two runs in one folder; gives the checkpoint to resume from, if any. Changes nothing.
 
     Raises:
-        UserError: the folder holds a run and neither overwriting nor resuming was asked for, or there is no checkpoint
-            to resume from.
+        UserError: the folder holds a run and neither overwriting nor resuming was asked for, or there is no complete
+            checkpoint to resume from.
     """
     output_dir = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if str(resume).lower() in ("none", "false", ""):
-        resume = None
-    if resume is not None:
-        if str(resume).lower() == "true":
-            resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-            if resume is None:
-                raise UserError(f"{output_dir} has no checkpoint to resume from: leave --resume_from_checkpoint out")
-        elif not Path(resume, "trainer_state.json").is_file():
+    resume = str(args.resume_from_checkpoint or "")
+    if resume.lower() == "true":
+        complete = [c for c in output_dir.glob("checkpoint-*") if (c / TRAINER_STATE_NAME).is_file()]
+        if not complete:
+            raise UserError(f"{output_dir} has no checkpoint to resume from: leave --resume_from_checkpoint out")
+        return str(max(complete, key=lambda c: int(c.name.rpartition("-")[2])))
+    if resume.lower() not in ("", "none", "false"):
+        if not Path(resume, TRAINER_STATE_NAME).is_file():
             raise UserError(f"--resume_from_checkpoint {resume}: not a complete checkpoint folder")
-        return str(resume)
+        return resume
     if args.process_index == 0 and output_dir.is_dir() and any(output_dir.iterdir()):
         if not overwrite:
-            raise UserError(f"{output_dir} is there already: give --overwrite, or --resume_from_checkpoint true")
+            raise UserError(f"{output_dir} is there already: give --overwrite true, or --resume_from_checkpoint true")
         held = [p.name for p in output_dir.iterdir()]
-        if not any(name in ("config.json", RUN_NAME) or name.startswith("checkpoint-") for name in held):
+        if not any(name in OF_A_RUN or name.startswith(("checkpoint-", ".saving-")) for name in held):
             raise UserError(f"{output_dir} holds something that is not a run: choose another --output_dir")
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
     return None
+
+
+def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
+    """Train; a run that is overwritten loses its checkpoints and its `run.json` only now that everything is loaded."""
+    if trainer.is_world_process_zero():
+        output_dir = Path(trainer.args.output_dir)
+        (output_dir / RUN_NAME).unlink(missing_ok=True)
+        for leftover in output_dir.glob(".saving-*"):
+            shutil.rmtree(leftover)
+        if resume is None:
+            for checkpoint in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=resume)
 
 
 def finish_run(
     trainer: SegmentationTrainer,
     splits: SegmentationSplits,
     data: DataArguments,
+    options,
     *,
     teacher=None,
-    teacher_processor=None,
     student_alone=None,
-    student_alone_processor=None,
     teacher_name: str | None = None,
     base_model: str | None = None,
 ) -> dict:
-    """Score the trained model, and save it with its image processor, card and `run.json`, all at once at the end.
+    """Save the trained model, score it, and write its card and `run.json`, which marks the run as finished.
 
-    Only the main process works here. The teacher and the student trained alone, where given, are scored in the same
-    way, for the card.
+    Only the main process works here. A teacher that knows the same classes and the student trained alone, where given,
+    are scored in the same way, for the card.
+
+    Args:
+        options: the script's dataclass of model options, for `run.json`.
+        teacher, student_alone: (model, image processor).
+        teacher_name: Hub id or folder of the teacher.
+        base_model: what the model started from; it is named in the card if it is a Hub id.
 
     Returns:
         What `run.json` holds: options, versions, command, and {split: {metric: value}} for every model.
@@ -119,39 +139,47 @@ def finish_run(
     if not trainer.is_world_process_zero():
         return {}
     args, device = trainer.args, trainer.args.device
-    models = {
-        "model": (trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class),
-        "teacher": (teacher, teacher_processor or trainer.processing_class),
-        "student_alone": (student_alone, student_alone_processor or trainer.processing_class),
-    }
+    _save_model(trainer)
+    model, tile_size = trainer.model, splits.info.tile_size
+    models = {"model": (model, trainer.processing_class), "teacher": teacher, "student_alone": student_alone}
     results = {}
-    for name, (model, processor) in models.items():
-        # A teacher may know other classes; it then has no score here.
-        if model is None or (name == "teacher" and not _same_labels(model, splits)):
+    for name, pair in models.items():
+        if pair is None or (name == "teacher" and not same_labels(pair[0], splits.info.id2label)):
             continue
-        check_labels(model, splits.info.id2label, f"the {name.replace('_', ' ')}")
         results[name] = {
-            split: evaluate_model(model, processor, splits[split], args.per_device_eval_batch_size, device).compute()
+            split: evaluate_model(*pair, splits[split], args.per_device_eval_batch_size, device).compute()
             for split in data.evaluate_on
         }
-    student = models["model"][0]
-    tile_size = splits.info.tile_size
-    (milliseconds,) = milliseconds_per_tile([student], tile_size, device)
+    (milliseconds,) = milliseconds_per_tile([model], tile_size, device)
+    always = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "max_steps",
+        "num_train_epochs",
+    )
     run = {
         "results": results,
-        "num_parameters": count_parameters(student),
+        "num_parameters": count_parameters(model),
         "milliseconds_per_tile": {"tile_size": tile_size, "milliseconds": milliseconds, "device": device_name(device)},
         "steps": trainer.state.global_step,
         "seconds": _train_seconds(trainer),
         "seed": args.seed,
         "command": command_line(),
-        "settings": {**changed_settings(data, DataArguments), **changed_settings(args, type(args))},
+        "settings": {
+            **changed_settings(options, type(options)),
+            **changed_settings(data, DataArguments),
+            **{name: getattr(args, name) for name in always},
+            "world_size": args.world_size,
+            **changed_settings(args, type(args)),
+        },
         "versions": versions(),
         "log": trainer.state.log_history,
     }
+    distillation = _distillation_settings(trainer)
     facts = ModelCardFacts(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
-        architecture=type(student).__name__,
+        architecture=type(model).__name__,
         num_parameters=run["num_parameters"],
         id2label=splits.info.id2label,
         colors=splits.info.colors,
@@ -161,7 +189,7 @@ def finish_run(
         dataset_id=hub_id(data.dataset),
         dataset_license=splits.info.license,
         teacher=teacher_name,
-        teacher_num_parameters=count_parameters(teacher) if teacher is not None else None,
+        teacher_num_parameters=count_parameters(teacher[0]) if teacher else None,
         results=[
             MeasuredResult(
                 dataset=splits.info.name,
@@ -173,8 +201,8 @@ def finish_run(
             )
             for split in data.evaluate_on
         ],
-        distillation=_distillation_settings(trainer),
-        dual_relation=any("relation" in name for name in _distillation_settings(trainer) or ()),
+        distillation=distillation,
+        dual_relation=any("relation" in name for name in distillation or ()),
         training=run["settings"],
         seed=args.seed,
         steps=run["steps"],
@@ -183,27 +211,34 @@ def finish_run(
         command=run["command"],
         timing=Timing(milliseconds, tile_size, device_name(device)),
     )
-    _save_all(trainer, facts, run)
+    output_dir = Path(args.output_dir)
+    write_model_card(output_dir, facts)
+    temporary = output_dir / f"{RUN_NAME}.tmp"
+    temporary.write_text(json.dumps(_without_nan(run), indent=1) + "\n")
+    os.replace(temporary, output_dir / RUN_NAME)
     return run
 
 
-def _save_all(trainer: SegmentationTrainer, facts: ModelCardFacts, run: dict) -> None:
-    """Everything into a folder beside, then file by file into place, the weights last."""
+def _save_model(trainer: SegmentationTrainer) -> None:
+    """Model and image processor into a folder beside, then file by file into place, the weights last."""
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     try:
         trainer._save(str(staging))
-        write_model_card(staging, facts)
-        (staging / RUN_NAME).write_text(json.dumps(run, indent=1) + "\n")
         for file in sorted(staging.iterdir(), key=lambda p: p.suffix == ".safetensors"):
             os.replace(file, output_dir / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _same_labels(model, splits: SegmentationSplits) -> bool:
-    return {int(i): name for i, name in model.config.id2label.items()} == dict(splits.info.id2label)
+def _without_nan(value):
+    """NaN is no JSON: the score of a class that does not occur becomes null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _train_seconds(trainer) -> float | None:
@@ -253,12 +288,18 @@ def versions() -> dict[str, str]:
     return {"drd_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def command_line() -> str:
-    """The command of this process, the script named from the project's root."""
-    script = Path(sys.argv[0])
-    return " ".join(
-        ["python", f"{script.parent.name}/{script.name}" if script.parent.name else script.name, *sys.argv[1:]]
-    )
+def command_line(argv: list[str] | None = None) -> str:
+    """The command of this process as a shell reads it, the script named from the project's root, tokens hidden."""
+    argv = sys.argv if argv is None else argv
+    script = Path(argv[0])
+    words = ["python", f"{script.parent.name}/{script.name}" if script.parent.name else script.name]
+    hide = False
+    for word in argv[1:]:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and "token" in name
+        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    return shlex.join(words)
 
 
 def device_name(device) -> str:
@@ -276,7 +317,8 @@ __all__ = [
     "changed_settings",
     "command_line",
     "finish_run",
-    "prepare_output_dir",
+    "check_output_dir",
+    "train_run",
     "train_and_validation",
     "versions",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -32,8 +33,15 @@ class SegmentationConfig(TrainingArguments):
         default=True, metadata={"help": "Stays on: metrics are reduced batch by batch, logits are never collected."}
     )
 
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={"help": "Leave out an incomplete last batch: batch norm of a pooled map fails on a single tile."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise UserError("label_smoothing_factor has no effect here, models compute their own loss: leave it at 0")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns=True would delete the image column: leave it off")
         if not self.batch_eval_metrics:
@@ -53,7 +61,13 @@ class DistillationConfig(SegmentationConfig):
     logit_weight: float = field(
         default=0.0, metadata={"help": "Weight of pixel-wise logit distillation; needs equal labels; 0 leaves it out."}
     )
-    relation: str = field(default="cosine", metadata={"help": "Relation maps: 'cosine' or 'attention'."})
+    relation: str = field(
+        default="cosine",
+        metadata={
+            "help": "Relation maps: 'cosine' or 'attention'. Rows of attention maps add up to 1, so that their distances "
+            "are smaller by orders of magnitude and want larger weights."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the attention relation, > 0."})
     logit_temperature: float = field(default=1.0, metadata={"help": "Temperature of logit distillation, > 0."})
     feature_layers: list[str] | None = field(
@@ -75,6 +89,8 @@ class DistillationConfig(SegmentationConfig):
         for name in ("spatial_relation_weight", "channel_relation_weight", "logit_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.resize_relations_to is not None and self.resize_relations_to < 1:
+            raise UserError(f"resize_relations_to={self.resize_relations_to} must be at least 1")
         if not 0 <= self.distillation_warmup_ratio <= 1:
             raise UserError(f"distillation_warmup_ratio={self.distillation_warmup_ratio} must be between 0 and 1")
 
@@ -94,9 +110,16 @@ class SegmentationTrainer(Trainer):
         compute_metrics: default `SegmentationMetrics(model.config.id2label)`.
     """
 
+    config_class = SegmentationConfig
+
     def __init__(
         self, model=None, args=None, *, processing_class=None, data_collator=None, compute_metrics=None, **kwargs
     ):
+        if model is None:
+            raise UserError("give the model to train")
+        args = self._checked(args)
+        if "compute_loss_func" in kwargs:
+            raise UserError("compute_loss_func has no effect here: write a DistillationLoss and pass it as losses=")
         if data_collator is None:
             if processing_class is None:
                 raise UserError("give processing_class (the model's image processor) or a data_collator")
@@ -117,13 +140,31 @@ class SegmentationTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch "
                 f"--num_processes {self.args.n_gpu} ...`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        length = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        if length is not None and length < self.args.train_batch_size * self.args.world_size:
+            raise UserError(
+                f"{length} training tiles do not fill one batch of {self.args.train_batch_size} on each of "
+                f"{self.args.world_size} processes: give a smaller per_device_train_batch_size"
+            )
         # forward() takes **kwargs, from which Trainer concludes that the model normalises its loss over all
         # accumulated batches. No segmentation model does; the loss would grow with accumulation steps and ranks.
         self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"]
 
+    def _checked(self, args):
+        if args is None:
+            return self.config_class(output_dir="trainer_output")
+        if not isinstance(args, self.config_class):
+            raise UserError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}")
+        return args
+
     def _default_collator(self, model, processing_class):
         return SegmentationCollator(processing_class, num_labels=model.config.num_labels)
+
+    def train(self, *args, **kwargs):
+        if self.args.world_size > 1:  # else all ranks would draw the same crops and flips
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs, loss = _supervised(model, inputs["pixel_values"], inputs["labels"])
@@ -135,18 +176,26 @@ class SegmentationTrainer(Trainer):
         stack.enter_context(self.accelerator.autocast())
         return stack
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_weights(self, checkpoint: str) -> None:
         # Trainer feeds the keys of the file to load_state_dict and goes on with a warning where they do not fit.
         # from_pretrained knows that files keep older names than modules (SegFormer since transformers 5.23).
         try:
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, use_safetensors=True)
+            saved, report = type(self.model).from_pretrained(
+                checkpoint, config=self.model.config, use_safetensors=True, output_loading_info=True
+            )
+            lacking = [*report["missing_keys"], *report["mismatched_keys"]]
+            if lacking:
+                raise ValueError(f"{len(lacking)} tensors are missing, the first is {lacking[0]}")
             self.model.load_state_dict(saved.state_dict())
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{resume_from_checkpoint}: this checkpoint does not fit the model ({reason})") from error
+            raise UserError(f"{checkpoint}: this checkpoint does not fit the model ({reason})") from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._load_weights(resume_from_checkpoint)
 
     def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_weights(self.state.best_model_checkpoint)
 
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
@@ -175,6 +224,8 @@ class DistillationTrainer(SegmentationTrainer):
         UserError: a feature layer does not exist, or a loss compares class scores of models with different labels.
     """
 
+    config_class = DistillationConfig
+
     def __init__(
         self,
         model: PreTrainedModel = None,
@@ -187,8 +238,13 @@ class DistillationTrainer(SegmentationTrainer):
     ):
         if model is None or teacher_model is None:
             raise UserError("DistillationTrainer needs both a student (model) and a teacher (teacher_model)")
-        if args is None:
-            args = DistillationConfig(output_dir="trainer_output")
+        if model is teacher_model:
+            raise UserError("student and teacher are the same object: load the teacher a second time")
+        if teacher_processor is not None and kwargs.get("data_collator") is not None:
+            raise UserError(
+                "teacher_processor has no effect beside a data_collator: let that give teacher_pixel_values"
+            )
+        args = self._checked(args)
         self.teacher_processor = teacher_processor
         if losses is None:
             losses = losses_from_config(args, model, teacher_model)
@@ -235,7 +291,7 @@ class DistillationTrainer(SegmentationTrainer):
             return model
         if self.accelerator.unwrap_model(model, keep_torch_compile=False) is self._step:
             return model
-        return self.accelerator.prepare_model(self._step)
+        return self.accelerator.prepare_model(super()._wrap_model(self._step))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.accelerator.unwrap_model(model, keep_torch_compile=False) is not self._step:
@@ -270,26 +326,26 @@ class DistillationTrainer(SegmentationTrainer):
             # One reduction per logging step, of sums kept on the device.
             sums = torch.stack([value.float() for value in self._term_sums.values()]) / self._term_batches
             means = self.accelerator.reduce(sums, reduction="mean").tolist()
-            logs.update({name: round(mean, 6) for name, mean in zip(self._term_sums, means, strict=True)})
+            logs.update({name: float(f"{mean:.6g}") for name, mean in zip(self._term_sums, means, strict=True)})
             self._term_sums, self._term_batches = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
         projectors = self._step.losses.state_dict()
-        if projectors and self.args.should_save:
+        if _internal_call and projectors and self.args.should_save:  # a checkpoint, not the model for others
             save_file({name: t.contiguous() for name, t in projectors.items()}, Path(output_dir) / PROJECTORS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._step.losses.state_dict():
-            return
-        path = Path(resume_from_checkpoint) / PROJECTORS_NAME
+        path, wanted = Path(resume_from_checkpoint) / PROJECTORS_NAME, self._step.losses.state_dict()
         if not path.is_file():
-            raise UserError(f"{path} is missing, the checkpoint cannot be resumed: choose another checkpoint")
+            if wanted:
+                raise UserError(f"{path} is missing, the checkpoint cannot be resumed: choose another checkpoint")
+            return
         try:
             self._step.losses.load_state_dict(load_file(path))
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise UserError(f"{path} does not fit the configured losses: resume with the same options") from error
 
 
@@ -305,6 +361,11 @@ class _DistillationStep(nn.Module):
     def forward(self, pixel_values, labels, teacher_features, teacher_logits) -> dict[str, torch.Tensor]:
         outputs, task_loss = _supervised(self.student, pixel_values, labels)
         student_features = self.hooks.pop()
+        if torch.is_grad_enabled() and not all(f.requires_grad for f in student_features.values()):
+            raise UserError(
+                "a student feature layer carries no gradient: set use_reentrant to false in "
+                "gradient_checkpointing_kwargs, or choose a layer outside the checkpointed blocks"
+            )
         terms = {"task_loss": task_loss}
         for loss in self.losses:
             terms.update(loss(student_features, teacher_features, outputs.logits, teacher_logits, labels))
@@ -347,6 +408,9 @@ def _check_losses(losses, student: PreTrainedModel, teacher: PreTrainedModel) ->
             "nothing to distil: give a relation or logit weight above 0 (train a student alone with train_teacher.py)"
         )
     names = [name for loss in losses for name in loss.weights]
+    reserved = [name for name in names if name in ("loss", "task_loss") or name.endswith("_weighted")]
+    if reserved:
+        raise UserError(f"a loss term must not be called {reserved[0]!r}, the log has that name already")
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise UserError(f"two losses have a term named {sorted(doubled)[0]!r}: terms need different names")

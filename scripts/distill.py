@@ -1,6 +1,6 @@
 """Distil a small student from a trained teacher with Dual Relation Distillation.
 
-accelerate launch scripts/distill.py --config scripts/configs/dubai_segformer-b0_from_upernet-lite2.yaml
+accelerate launch scripts/distill.py --config scripts/configs/dubai_segformer-b0-half_from_upernet-lite2.yaml
 python scripts/distill.py --teacher runs/teacher --student nvidia/mit-b0 --dataset data/potsdam --output_dir runs/student --max_steps 20000
 """
 
@@ -18,7 +18,8 @@ from drd_hf import (
 )
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
-from drd_hf.runs import DataArguments, finish_run, prepare_output_dir, train_and_validation
+from drd_hf.evaluation import check_labels
+from drd_hf.runs import DataArguments, check_output_dir, finish_run, train_and_validation, train_run
 
 
 @dataclass
@@ -51,7 +52,7 @@ class ModelArguments:
 def main() -> None:
     models, data, args = parse_arguments(ModelArguments, DataArguments, DistillationConfig, description=__doc__)
     require(teacher=models.teacher, student=models.student, dataset=data.dataset)
-    resume = prepare_output_dir(args, data.overwrite)
+    resume = check_output_dir(args, data.overwrite)
     set_seed(args.seed)
 
     splits = load_splits(data.dataset)
@@ -59,6 +60,11 @@ def main() -> None:
     processor = load_image_processor(models.student, models.image_mean, models.image_std)
     teacher = load_teacher(models.teacher)
     teacher_processor = load_image_processor(models.teacher)
+
+    student_alone = None
+    if models.student_alone:
+        student_alone = load_teacher(models.student_alone), load_image_processor(models.student_alone)
+        check_labels(student_alone[0], splits.info.id2label, models.student_alone)
 
     trainer = DistillationTrainer(
         student,
@@ -68,16 +74,17 @@ def main() -> None:
         teacher_processor=teacher_processor,
         **train_and_validation(splits, data),
     )
-    trainer.train(resume_from_checkpoint=resume)
-
-    alone = {}
-    if models.student_alone:
-        alone["student_alone"] = load_teacher(models.student_alone)
-        alone["student_alone_processor"] = load_image_processor(models.student_alone)
+    train_run(trainer, resume)
     run = finish_run(
-        trainer, splits, data, teacher=teacher, teacher_processor=teacher_processor, teacher_name=models.teacher,
-        base_model=models.pretrained_weights or models.student, **alone,
-    )  # fmt: skip
+        trainer,
+        splits,
+        data,
+        models,
+        teacher=(teacher, teacher_processor),
+        student_alone=student_alone,
+        teacher_name=models.teacher,
+        base_model=models.pretrained_weights or models.student,
+    )
     for name, by_split in run.get("results", {}).items():
         for split, scores in by_split.items():
             print(

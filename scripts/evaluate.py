@@ -29,6 +29,10 @@ class EvaluationArguments:
 def main() -> None:
     (args,) = parse_arguments(EvaluationArguments, description=__doc__)
     require(model=args.model, dataset=args.dataset)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: give at least 1")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise UserError(f"--output {args.output}: its folder does not exist")
     splits = load_splits(args.dataset)
     if args.split not in splits:
         raise UserError(f"{args.dataset} has no split {args.split!r}, only {', '.join(splits)}")

@@ -11,7 +11,7 @@ from transformers import set_seed
 from drd_hf import SegmentationConfig, SegmentationTrainer, load_image_processor, load_splits, load_student
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
-from drd_hf.runs import DataArguments, finish_run, prepare_output_dir, train_and_validation
+from drd_hf.runs import DataArguments, check_output_dir, finish_run, train_and_validation, train_run
 
 
 @dataclass
@@ -39,7 +39,7 @@ class ModelArguments:
 def main() -> None:
     model_args, data, args = parse_arguments(ModelArguments, DataArguments, SegmentationConfig, description=__doc__)
     require(model=model_args.model, dataset=data.dataset)
-    resume = prepare_output_dir(args, data.overwrite)
+    resume = check_output_dir(args, data.overwrite)
     set_seed(args.seed)
 
     splits = load_splits(data.dataset)
@@ -47,8 +47,9 @@ def main() -> None:
     processor = load_image_processor(model_args.model, model_args.image_mean, model_args.image_std)
 
     trainer = SegmentationTrainer(model, args, processing_class=processor, **train_and_validation(splits, data))
-    trainer.train(resume_from_checkpoint=resume)
-    run = finish_run(trainer, splits, data, base_model=model_args.pretrained_weights or model_args.model)
+    train_run(trainer, resume)
+    base_model = model_args.pretrained_weights or model_args.model
+    run = finish_run(trainer, splits, data, model_args, base_model=base_model)
     for split, scores in run.get("results", {}).get("model", {}).items():
         print(
             f"{split}: mIoU {scores['mean_iou']:.4f}, mF1 {scores['mean_f1']:.4f}, OA {scores['overall_accuracy']:.4f}"

@@ -23,7 +23,11 @@ def test_hooks_give_the_output_of_the_named_layer_and_clear_it():
     x = torch.randn(1, 3, 5, 5)
     with FeatureHooks(model, ["0"]) as hooks:
         model(x)
-        torch.testing.assert_close(hooks.pop()["0"], model[0](x))
+        captured = hooks.pop()["0"]
+        with pytest.raises(UserError, match="was not run"):
+            hooks.pop()
+        torch.testing.assert_close(captured, torch.nn.functional.conv2d(x, model[0].weight, model[0].bias))
+        model(x)
         hooks.clear()
         with pytest.raises(UserError, match="was not run"):
             hooks.pop()
@@ -65,3 +69,18 @@ def test_default_layer_of_an_unknown_family_is_refused():
     model.config.model_type = "unheard_of"
     with pytest.raises(UserError, match="feature_layers"):
         default_feature_layer(model)
+
+
+def test_layers_with_channels_last_are_refused():
+    # (B, H, W, C) of Swin-type layers was read as (B, C, H, W): the width of the image passed for its channels.
+    class ChannelsLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Identity()
+
+        def forward(self, pixel_values):
+            return self.last(self.conv(pixel_values).permute(0, 2, 3, 1))
+
+    assert feature_widths(ChannelsLast(), ["conv"]) == {"conv": 8}
+    with pytest.raises(UserError, match="channels last"):
+        feature_widths(ChannelsLast(), ["last"])

@@ -29,7 +29,9 @@ class ColourModel(nn.Module):
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
 def test_windows_do_not_change_what_a_pixelwise_model_says(size, overlap):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    pixels = PROCESSOR(images=image, do_resize=False, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    pixels = PROCESSOR(images=image, do_resize=False, return_tensors="pt", input_data_format="channels_last")[
+        "pixel_values"
+    ]
     expected = (2 * pixels).softmax(1)[0].numpy()
     classes, probabilities = predict_image(ColourModel(), PROCESSOR, image, 32, overlap, return_probabilities=True)
     assert classes.shape == size and classes.dtype == np.uint8

@@ -241,3 +241,13 @@ def test_a_trainer_reports_the_scores_of_the_whole_evaluation_set(tmp_path):
     references = torch.stack([tile["labels"] for tile in tiles]).flatten()
     expected = jaccard_score(references, predicted, average="macro")
     assert first["eval_mean_iou"] == second["eval_mean_iou"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_metrics_counted_in_inference_mode_can_be_merged_outside():
+    # An in-place addition to a tensor made in inference mode is refused by torch.
+    first, second = SegmentationMetrics(NAMES), SegmentationMetrics(NAMES)
+    with torch.inference_mode():
+        first.update(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    second.update(torch.tensor([[2, 2]]), torch.tensor([[2, 1]]))
+    first.merge(second)
+    assert int(first.matrix.sum()) == 4

@@ -3,9 +3,9 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessor
 
 from drd_hf.errors import UserError
 from drd_hf.models import load_image_processor, load_student, load_teacher
@@ -131,3 +131,49 @@ def test_damaged_and_missing_models_are_named(tmp_path, architecture):
         with pytest.raises(UserError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_whose_head_was_never_trained_is_refused(tmp_path):
+    # from_pretrained fills a missing head with random values and only prints a report.
+    model = tiny_model("segformer")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "classifier" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="2 tensors have no trained values.*classifier"):
+        load_teacher(str(tmp_path))
+    assert load_student(str(tmp_path)).config.model_type == "segformer"
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path, architecture):
+    tiny_model("upernet").save_pretrained(tmp_path / "upernet")
+    with pytest.raises(UserError, match="fits only .* tensors of SegformerFor"):
+        load_student(architecture, LABELS, str(tmp_path / "upernet"))
+
+
+def test_half_precision_checkpoints_are_loaded_in_float32(tmp_path):
+    tiny_model("segformer").bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in load_teacher(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_a_student_checkpoint_ignores_255_whatever_it_ignored_before(tmp_path):
+    model = tiny_model("segformer")
+    model.config.semantic_loss_ignore_index = 0
+    model.save_pretrained(tmp_path)
+    assert load_student(str(tmp_path)).config.semantic_loss_ignore_index == 255
+
+
+def test_a_model_trained_without_normalisation_stays_so(tmp_path):
+    SegformerImageProcessor(do_normalize=False).save_pretrained(tmp_path)
+    assert not load_image_processor(str(tmp_path)).do_normalize
+    with pytest.raises(UserError, match="three values"):
+        load_image_processor(str(tmp_path), image_mean=[0.5])
+
+
+def test_a_damaged_weights_file_is_named(tmp_path):
+    tiny_model("segformer").save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_teacher(str(tmp_path))

@@ -126,6 +126,15 @@ def test_half_precision_features_are_compared_in_float32(dtype):
     assert student.grad.dtype == dtype and torch.isfinite(student.grad).all()
 
 
+def test_teacher_is_resized_in_float32_under_autocast():
+    # Antialiased interpolation has no bfloat16 form on CPU.
+    student, teacher = pair(1, 4, 4, 8, 8, torch.bfloat16)
+    expected = spatial_relation_distance(student, torch.nn.functional.interpolate(teacher.float(), (8, 8)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(spatial_relation_distance(student, teacher), expected)
+        assert torch.isfinite(spatial_relation_distance(student, teacher[:, :, :6, :5]))
+
+
 def test_spatial_attention_is_the_same_in_blocks_of_rows(monkeypatch):
     student, teacher = pair(2, 3, 5, 5, 7)
     whole, blocks = student.clone().requires_grad_(), student.clone().requires_grad_()

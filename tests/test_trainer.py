@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessor, TrainingArguments
 
 from drd_hf.data.transforms import SegmentationCollator
 from drd_hf.errors import UserError
@@ -310,27 +310,144 @@ def test_feature_layers_by_name(tmp_path):
     trainer.train()
 
 
+def test_best_student_is_loaded_from_checkpoints_without_optimizer_state(tmp_path):
+    # Projectors were written with the optimizer state, and looked for when only the student was wanted.
+    trainer = distiller(
+        tmp_path, save_only_model=True, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_mean_iou",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
+    # from_pretrained fills what is missing with random values and only prints a report.
+    model = tiny_model("segformer", seed=1)
+    model.save_pretrained(tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "classifier" not in k},
+        tmp_path / "cut" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match="2 tensors are missing.*classifier"):
+        distiller(tmp_path)._load_from_checkpoint(str(tmp_path / "cut"))
+
+
+def test_an_incomplete_last_batch_is_left_out(tmp_path):
+    # UperNet's batch norm of a map pooled to 1 x 1 fails on a batch of one tile.
+    trainer = distiller(tmp_path, student="upernet", data=RandomTiles(9), num_train_epochs=2, max_steps=-1)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_fewer_tiles_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(UserError, match="3 training tiles do not fill one batch of 4"):
+        distiller(tmp_path, data=RandomTiles(3))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_distillation_gradient_or_refuses(tmp_path, reentrant):
+    # The first capture inside a reentrantly checkpointed block carries no gradient: the term was logged, not trained.
+    student = tiny_model("segformer")
+    layer = next(n for n, m in student.named_modules() if type(m).__name__ == "SegformerMixMLP" or n.endswith("mlp"))
+    student = tiny_model("segformer")
+    trainer = DistillationTrainer(
+        student,
+        tiny_model("segformer", seed=2),
+        config(
+            tmp_path,
+            max_steps=1,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            feature_layers=[layer],
+            learning_rate=1e-2,
+        ),  # fmt: skip
+        train_dataset=RandomTiles(),
+        processing_class=SegformerImageProcessor(do_resize=False),
+    )
+    if reentrant:
+        with pytest.raises(UserError, match="use_reentrant"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert train_logs(trainer)[0]["spatial_relation"] > 0
+
+
+def test_bfloat16_autocast_trains_and_evaluates(tmp_path):
+    trainer = distiller(tmp_path, bf16=True, resize_relations_to=8, logit_weight=1.0)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(v)) for e in train_logs(trainer) for v in e.values())
+    assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_terms_far_below_one_are_logged_with_their_digits(tmp_path):
+    # Rounded to six decimals, the terms of attention relations were logged as 1e-06 or 0.
+    trainer = distiller(tmp_path, relation="attention", max_steps=1, learning_rate=0.0)
+    trainer.train()
+    value = train_logs(trainer)[0]["spatial_relation"]
+    assert 0 < value < 1e-2 and value != round(value, 6)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    with pytest.raises(UserError, match="label_smoothing_factor has no effect"):
+        config(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(UserError, match="resize_relations_to=0"):
+        config(tmp_path, resize_relations_to=0)
+    model = tiny_model("segformer")
+    with pytest.raises(UserError, match="same object"):
+        DistillationTrainer(model, model, config(tmp_path))
+    with pytest.raises(UserError, match="args must be a DistillationConfig"):
+        DistillationTrainer(model, tiny_model("upernet"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(UserError, match="teacher_processor has no effect"):
+        DistillationTrainer(
+            model,
+            tiny_model("upernet"),
+            config(tmp_path),
+            teacher_processor=SegformerImageProcessor(),
+            data_collator=list,
+        )
+    with pytest.raises(UserError, match="compute_loss_func has no effect"):
+        SegmentationTrainer(
+            model, config(tmp_path), processing_class=SegformerImageProcessor(), compute_loss_func=print
+        )
+
+
+def test_a_term_may_not_take_the_name_of_another_logged_value(tmp_path):
+    loss = PixelLogitLoss()
+    loss.weights = {"task_loss": 1.0}
+    with pytest.raises(UserError, match="must not be called 'task_loss'"):
+        distiller(tmp_path, losses=loss)
+
+
 RANKS = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from tests.test_trainer import distiller
 from pathlib import Path
-trainer = distiller(Path(sys.argv[1]), max_steps=3, per_device_train_batch_size=2, ddp_backend="gloo", learning_rate=1e-2)
+trainer = distiller(Path(sys.argv[1]), student=sys.argv[3], max_steps=3, per_device_train_batch_size=2, ddp_backend="gloo", learning_rate=1e-2)
 trainer.train()
-torch.save({k: v for k, v in trainer._step.named_parameters()}, f"{sys.argv[1]}/rank{trainer.args.process_index}.pt")
+draws = [torch.rand(()).item()]
+torch.save({"draw": torch.tensor(draws), **dict(trainer._step.named_parameters())}, f"{sys.argv[1]}/rank{trainer.args.process_index}.pt")
 """
 
 
-def test_student_and_projector_stay_equal_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("student", ["segformer", "mobilenet_v2"])
+def test_student_and_projector_stay_equal_on_two_ranks(tmp_path, student):
+    # transformers 5.0 sets find_unused_parameters only in Trainer._wrap_model; MobileNetV2's last layers are unused.
     # A projector outside the wrapped module got no gradient synchronisation and drifted apart between ranks.
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     root = str(Path(__file__).resolve().parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(script), str(tmp_path), root], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), root, student], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2))
     assert any("projectors" in name for name in first)
+    assert first.pop("draw") != second.pop("draw"), "both ranks draw the same crops and flips"
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 

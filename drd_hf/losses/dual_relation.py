@@ -46,6 +46,8 @@ class DualRelationLoss(DistillationLoss):
             raise UserError("DualRelationLoss needs at least one (student layer, teacher layer) pair")
         if relation not in RELATIONS:
             raise UserError(f"relation={relation!r} is not known, choose one of {', '.join(RELATIONS)}")
+        if not temperature > 0:
+            raise UserError(f"temperature={temperature} must be greater than 0")
         self.layers = [(str(s), str(t)) for s, t in layers]
         self.student_layers = tuple(s for s, _ in self.layers)
         self.teacher_layers = tuple(t for _, t in self.layers)

@@ -1,0 +1,92 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drd_hf.arguments import parse_arguments
+from drd_hf.errors import UserError
+from drd_hf.runs import DataArguments, changed_settings, check_output_dir, command_line
+from drd_hf.trainer import DistillationConfig, SegmentationConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_command_hides_tokens_and_quotes_words():
+    # The command goes into the card, and with it went --hub_token.
+    argv = [
+        "/home/me/drd/scripts/distill.py",
+        "--hub_token",
+        "hf_SECRET",
+        "--hub_token=hf_SECRET",
+        "--dataset",
+        "my data",
+    ]
+    assert command_line(argv) == "python scripts/distill.py --hub_token '***' '--hub_token=***' --dataset 'my data'"
+
+
+def test_settings_hold_no_token_and_no_output_path(tmp_path):
+    args = SegmentationConfig(output_dir=str(tmp_path), hub_token="hf_SECRET", learning_rate=0.5, use_cpu=True)
+    settings = changed_settings(args, SegmentationConfig)
+    assert settings["learning_rate"] == 0.5
+    assert "hf_SECRET" not in json.dumps(settings) and str(tmp_path) not in json.dumps(settings)
+
+
+def arguments(folder, **options):
+    return SegmentationConfig(output_dir=str(folder), use_cpu=True, **options)
+
+
+def test_a_folder_is_checked_without_changing_it(tmp_path):
+    # --overwrite deleted the old checkpoints before the other options were even looked at.
+    run = tmp_path / "run"
+    (run / "checkpoint-3").mkdir(parents=True)
+    (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    (run / "checkpoint-10").mkdir()  # killed while it was written
+    assert check_output_dir(arguments(run), overwrite=True) is None
+    assert (run / "checkpoint-3" / "trainer_state.json").is_file()
+    with pytest.raises(UserError, match="is there already"):
+        check_output_dir(arguments(run), overwrite=False)
+    assert check_output_dir(arguments(run, resume_from_checkpoint="true"), False) == str(run / "checkpoint-3")
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        check_output_dir(arguments(run, resume_from_checkpoint=str(run / "checkpoint-10")), False)
+
+
+def test_other_folders_are_never_overwritten(tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="not a run"):
+        check_output_dir(arguments(tmp_path), overwrite=True)
+    assert check_output_dir(arguments(tmp_path / "new"), overwrite=False) is None
+
+
+def test_every_config_that_is_named_anywhere_exists():
+    texts = [
+        *ROOT.glob("scripts/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("scripts/configs/*.yaml"),
+        ROOT / "README.md",
+    ]
+    names = {name for path in texts for name in re.findall(r"configs\}?/([\w./-]+\.(?:yaml|json))", path.read_text())}
+    assert len(names) > 5
+    missing = [name for name in names if not (ROOT / "scripts" / "configs" / name).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_has_only_known_options(path):
+    import importlib.util
+
+    script = "distill" if "_from_" in path.stem else "train_teacher"
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    training = DistillationConfig if script == "distill" else SegmentationConfig
+    model, data, args = parse_arguments(
+        module.ModelArguments,
+        DataArguments,
+        training,
+        description="test",
+        argv=["--config", str(path), "--use_cpu", "true"],
+    )
+    values = yaml.safe_load(path.read_text())
+    assert (data.dataset, args.max_steps) == (values["dataset"], values["max_steps"])
