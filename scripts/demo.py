@@ -29,7 +29,7 @@ from drd_hf.pictures import comparison_picture
 
 HERE = Path(__file__).resolve().parent
 STEPS = (
-    "prepare_dataset.py --dataset scenes --output {out}/tiles --scenes_train 48 --scenes_validation 6 --scenes_test 12 "
+    "prepare_dataset.py --dataset scenes --output {out}/tiles --scenes_train 24 --scenes_validation 4 --scenes_test 16 "
     "--scene_size 384 --tile_size 192 --seed 0 --num_proc 2 --overwrite",
     "train_teacher.py --config {configs}/scenes_upernet-small.yaml --dataset {out}/tiles --output_dir {out}/teacher",
     "train_teacher.py --config {configs}/scenes_upernet-mini.yaml --dataset {out}/tiles --output_dir {out}/student_alone",
