@@ -53,10 +53,10 @@ class DistillationConfig(SegmentationConfig):
     """What is distilled, and how strongly, beside all the arguments of `transformers.TrainingArguments`."""
 
     spatial_relation_weight: float = field(
-        default=10.0, metadata={"help": "Weight of the distance between spatial relation maps; 0 leaves it out."}
+        default=3.0, metadata={"help": "Weight of the distance between spatial relation maps; 0 leaves it out."}
     )
     channel_relation_weight: float = field(
-        default=10.0, metadata={"help": "Weight of the distance between channel relation maps; 0 leaves it out."}
+        default=3.0, metadata={"help": "Weight of the distance between channel relation maps; 0 leaves it out."}
     )
     logit_weight: float = field(
         default=0.0, metadata={"help": "Weight of pixel-wise logit distillation; needs equal labels; 0 leaves it out."}

@@ -33,8 +33,8 @@ class DualRelationLoss(DistillationLoss):
     def __init__(
         self,
         layers: Sequence[tuple[str, str]],
-        spatial_weight: float = 10.0,
-        channel_weight: float = 10.0,
+        spatial_weight: float = 3.0,
+        channel_weight: float = 3.0,
         relation: str = "cosine",
         temperature: float = 1.0,
         resize_relations_to: int | None = None,
