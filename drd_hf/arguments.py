@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import UserError, nearest
+from drd_hf.errors import UserError, nearest
 
 
 class _Parser(HfArgumentParser):

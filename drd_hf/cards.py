@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import UserError
+from drd_hf.errors import UserError
 
 SUMMARY_NAMES = {
     "mean_iou": "mIoU",

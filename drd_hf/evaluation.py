@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data.transforms import EvalTransform, SegmentationCollator
-from .errors import UserError
-from .metrics import SegmentationMetrics
+from drd_hf.data.transforms import EvalTransform, SegmentationCollator
+from drd_hf.errors import UserError
+from drd_hf.metrics import SegmentationMetrics
 
 EVALUATION_PROTOCOL = "tiles, each pixel once"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .errors import UserError, nearest
+from drd_hf.errors import UserError, nearest
 
 
 class FeatureHooks:

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
-from .data.tiles import tile_origins
-from .errors import UserError
+from drd_hf.data.tiles import tile_origins
+from drd_hf.errors import UserError
 
 
 def predict_image(

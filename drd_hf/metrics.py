@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .data.facts import IGNORE_INDEX
-from .errors import UserError, nearest
+from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction

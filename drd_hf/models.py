@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .data.facts import IGNORE_INDEX
-from .errors import UserError
+from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +107,25 @@ def load_student(
 
 
 def load_image_processor(
-    name_or_path: str, image_mean: list[float] | None = None, image_std: list[float] | None = None, **kwargs
+    name_or_path: str,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+    pretrained_weights: str | None = None,
+    **kwargs,
 ):
     """The image processor of a model, set to leave the size of images and the labels as they are.
 
     Tiles are seen at their native resolution in training and afterwards, and labels are final (0..K-1 and 255), so
-    `do_resize`, `do_center_crop` and `do_reduce_labels` are off. A model without a processor (an architecture file)
-    gets a `SegformerImageProcessor` with ImageNet statistics.
+    `do_resize`, `do_center_crop` and `do_reduce_labels` are off. An architecture file takes the processor of the
+    checkpoint that it starts from; without one, it gets a `SegformerImageProcessor` with ImageNet statistics.
 
     Args:
         name_or_path: Hub id, folder, or architecture file.
         image_mean, image_std: three values each, for images scaled to 0..1; override the processor's own.
+        pretrained_weights: as in `load_student`.
     """
+    if str(name_or_path).endswith(".json") and pretrained_weights is not None:
+        name_or_path = pretrained_weights
     if str(name_or_path).endswith((".json", ".safetensors")):
         processor = SegformerImageProcessor(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
     else:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .data.facts import IGNORE_INDEX
-from .errors import UserError
+from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.errors import UserError
 
 GAP = 12  # pixels between cells and around everything
 SWATCH = 18  # side of a colour square of the legend

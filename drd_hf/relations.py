@@ -21,7 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .errors import UserError
+from drd_hf.errors import UserError
 
 RELATIONS = ("cosine", "attention")
 # Rows of an attention map that are formed at a time: block * N entries of float32 within this many bytes.

@@ -16,14 +16,14 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from . import __version__
-from .cards import MeasuredResult, ModelCardFacts, Timing, hub_id, write_model_card
-from .data.splits import SegmentationSplits
-from .data.transforms import EvalTransform, TrainTransform
-from .errors import UserError
-from .evaluation import EVALUATION_PROTOCOL, evaluate_model, milliseconds_per_tile, same_labels
-from .models import count_parameters
-from .trainer import DistillationConfig, SegmentationConfig, SegmentationTrainer
+from drd_hf import __version__
+from drd_hf.cards import MeasuredResult, ModelCardFacts, Timing, hub_id, write_model_card
+from drd_hf.data.splits import SegmentationSplits
+from drd_hf.data.transforms import EvalTransform, TrainTransform
+from drd_hf.errors import UserError
+from drd_hf.evaluation import EVALUATION_PROTOCOL, evaluate_model, milliseconds_per_tile, same_labels
+from drd_hf.models import count_parameters
+from drd_hf.trainer import DistillationConfig, SegmentationConfig, SegmentationTrainer
 
 RUN_NAME = "run.json"
 # What the folder of a run may hold, so that --overwrite never touches anything else.

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .data.facts import IGNORE_INDEX
-from .data.transforms import SegmentationCollator
-from .errors import UserError
-from .features import FeatureHooks, feature_widths
-from .losses import DistillationLoss, DualRelationLoss, PixelLogitLoss
-from .metrics import SegmentationMetrics
-from .models import default_feature_layer
+from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.transforms import SegmentationCollator
+from drd_hf.errors import UserError
+from drd_hf.features import FeatureHooks, feature_widths
+from drd_hf.losses import DistillationLoss, DualRelationLoss, PixelLogitLoss
+from drd_hf.metrics import SegmentationMetrics
+from drd_hf.models import default_feature_layer
 
 PROJECTORS_NAME = "projectors.safetensors"
 

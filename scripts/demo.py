@@ -59,7 +59,7 @@ def run_commands(output: Path, max_steps: int | None) -> None:
 def table(output: Path, models: dict, tile_size: int) -> str:
     scores = json.loads((output / "student" / "run.json").read_text())["results"]
     keys = {"teacher": "teacher", "student alone": "student_alone", "distilled student": "model"}
-    milliseconds = milliseconds_per_tile(models.values(), tile_size)
+    milliseconds = milliseconds_per_tile(models.values(), tile_size, "cpu")
     lines = ["| model | parameters | mIoU | mF1 | overall accuracy | ms per tile |", "|---|---:|---:|---:|---:|---:|"]
     for (name, model), ms in zip(models.items(), milliseconds, strict=True):
         test = scores[keys[name]]["test"]

@@ -57,7 +57,7 @@ def main() -> None:
 
     splits = load_splits(data.dataset)
     student = load_student(models.student, splits.info.id2label, models.pretrained_weights)
-    processor = load_image_processor(models.student, models.image_mean, models.image_std)
+    processor = load_image_processor(models.student, models.image_mean, models.image_std, models.pretrained_weights)
     teacher = load_teacher(models.teacher)
     teacher_processor = load_image_processor(models.teacher)
 

@@ -44,7 +44,9 @@ def main() -> None:
 
     splits = load_splits(data.dataset)
     model = load_student(model_args.model, splits.info.id2label, model_args.pretrained_weights)
-    processor = load_image_processor(model_args.model, model_args.image_mean, model_args.image_std)
+    processor = load_image_processor(
+        model_args.model, model_args.image_mean, model_args.image_std, model_args.pretrained_weights
+    )
 
     trainer = SegmentationTrainer(model, args, processing_class=processor, **train_and_validation(splits, data))
     train_run(trainer, resume)

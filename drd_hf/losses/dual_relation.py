@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..relations import RELATIONS, channel_relation_distance, resize_to, spatial_relation_distance
-from .base import DistillationLoss
+from drd_hf.errors import UserError
+from drd_hf.losses.base import DistillationLoss
+from drd_hf.relations import RELATIONS, channel_relation_distance, resize_to, spatial_relation_distance
 
 
 class DualRelationLoss(DistillationLoss):

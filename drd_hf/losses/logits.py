@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
-from .base import DistillationLoss
+from drd_hf.errors import UserError
+from drd_hf.losses.base import DistillationLoss
 
 
 def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
