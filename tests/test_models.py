@@ -113,12 +113,9 @@ def test_image_processor_leaves_size_and_labels_alone(tmp_path, architecture):
 def test_an_architecture_takes_the_normalisation_of_the_weights_it_starts_from(tmp_path, architecture):
     SegformerImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path / "checkpoint")
     processor = load_image_processor(architecture, pretrained_weights=str(tmp_path / "checkpoint"))
-    assert processor.image_mean == [0.5] * 3
-    assert load_image_processor(architecture, pretrained_weights="backbone.safetensors").image_mean == [
-        0.485,
-        0.456,
-        0.406,
-    ]
+    assert list(processor.image_mean) == [0.5] * 3
+    of_a_backbone = load_image_processor(architecture, pretrained_weights="backbone.safetensors")
+    assert list(of_a_backbone.image_mean) == [0.485, 0.456, 0.406]
 
 
 def test_damaged_and_missing_models_are_named(tmp_path, architecture):
