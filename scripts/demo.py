@@ -26,6 +26,7 @@ from drd_hf.errors import run_script
 from drd_hf.evaluation import milliseconds_per_tile
 from drd_hf.models import count_parameters
 from drd_hf.pictures import comparison_picture
+from drd_hf.runs import versions
 
 HERE = Path(__file__).resolve().parent
 STEPS = (
@@ -36,35 +37,50 @@ STEPS = (
     "distill.py --config {configs}/scenes_upernet-mini_from_upernet-small.yaml --dataset {out}/tiles "
     "--teacher {out}/teacher --student_alone {out}/student_alone --output_dir {out}/student",
 )
+SHOWN = ("mean_iou", "mean_f1", "overall_accuracy")
 MODELS = {"teacher": "teacher", "student alone": "student_alone", "distilled student": "student"}
 
 
 @dataclass
 class DemoArguments:
     output: str = field(default="demo", metadata={"help": "Folder for everything that the demo makes."})
+    seed: int = field(default=0, metadata={"help": "Seed of the three trainings; the scenes stay the same."})
     max_steps: int | None = field(default=None, metadata={"help": "Cut all trainings short, to try the demo itself."})
 
 
-def run_commands(output: Path, max_steps: int | None) -> None:
+def run_commands(output: Path, seed: int, max_steps: int | None) -> None:
     for step in STEPS:
         script, *options = shlex.split(step.format(out=output, configs=HERE / "configs"))
         if not script.startswith("prepare"):
-            options += ["--overwrite", "true", *(["--max_steps", str(max_steps)] if max_steps else [])]
+            options += ["--seed", str(seed), "--overwrite", "true"]
+            options += ["--max_steps", str(max_steps)] if max_steps else []
         print(f"\n$ python scripts/{script} {shlex.join(options)}", flush=True)
         done = subprocess.run([sys.executable, str(HERE / script), *options])
         if done.returncode:
             raise UserError(f"scripts/{script} failed with status {done.returncode}, see above")
 
 
-def table(output: Path, models: dict, tile_size: int) -> str:
+def measure(output: Path, models: dict, tile_size: int) -> list[dict]:
+    """One row per model: its scores on the test scenes, size and speed."""
     scores = json.loads((output / "student" / "run.json").read_text())["results"]
     keys = {"teacher": "teacher", "student alone": "student_alone", "distilled student": "model"}
     milliseconds = milliseconds_per_tile(models.values(), tile_size, "cpu")
+    return [
+        {
+            "model": name,
+            "parameters": count_parameters(model),
+            **{key: scores[keys[name]]["test"][key] for key in SHOWN},
+            "ms_per_tile": ms,
+        }
+        for (name, model), ms in zip(models.items(), milliseconds, strict=True)
+    ]
+
+
+def table(rows: list[dict]) -> str:
     lines = ["| model | parameters | mIoU | mF1 | overall accuracy | ms per tile |", "|---|---:|---:|---:|---:|---:|"]
-    for (name, model), ms in zip(models.items(), milliseconds, strict=True):
-        test = scores[keys[name]]["test"]
-        shown = " | ".join(f"{test[key]:.4f}" for key in ("mean_iou", "mean_f1", "overall_accuracy"))
-        lines.append(f"| {name} | {count_parameters(model):,} | {shown} | {ms:.1f} |")
+    for row in rows:
+        shown = " | ".join(f"{row[key]:.4f}" for key in SHOWN)
+        lines.append(f"| {row['model']} | {row['parameters']:,} | {shown} | {row['ms_per_tile']:.1f} |")
     return "\n".join(lines)
 
 
@@ -92,16 +108,25 @@ def main() -> None:
     output, start = Path(args.output), time.monotonic()
     if output.exists() and any(output.iterdir()) and not (output / "tiles").is_dir():
         raise UserError(f"{output} holds something else: choose another --output")
-    run_commands(output, args.max_steps)
+    run_commands(output, args.seed, args.max_steps)
 
     splits = load_splits(output / "tiles")
     models = {name: load_teacher(str(output / folder)) for name, folder in MODELS.items()}
     picture = pictures(output, models, splits)
-    text = table(output, models, splits.info.tile_size)
-    (output / "results.md.tmp").write_text(text + "\n")
-    os.replace(output / "results.md.tmp", output / "results.md")
-    print(f"\nScores on the test scenes ({splits.info.num_tiles['test']} tiles, each pixel once):\n\n{text}\n")
-    print(f"pictures: {picture}\nmodel and card: {output / 'student'}\n{time.monotonic() - start:.0f} s in all")
+    rows = measure(output, models, splits.info.tile_size)
+    seconds = time.monotonic() - start
+    report = {
+        "tiles": f"{splits.info.num_tiles['test']} test tiles of {splits.info.tile_size} px, each pixel once",
+        "seed": args.seed,
+        "rows": rows,
+        "seconds": round(seconds),
+        "versions": versions(),
+    }
+    for name, text in (("results.json", json.dumps(report, indent=1)), ("results.md", table(rows))):
+        (output / f"{name}.tmp").write_text(text + "\n")
+        os.replace(output / f"{name}.tmp", output / name)
+    print(f"\nScores on {report['tiles']}:\n\n{table(rows)}\n")
+    print(f"pictures: {picture}\nmodel and card: {output / 'student'}\n{seconds:.0f} s in all")
 
 
 if __name__ == "__main__":
