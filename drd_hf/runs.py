@@ -270,6 +270,7 @@ def changed_settings(values, dataclass_type) -> dict:
         "output_dir", "logging_dir", "hub_token", "push_to_hub_token", "dataset", "overwrite", "license", "disable_tqdm",
         "resume_from_checkpoint", "report_to", "run_name", "hub_model_id", "push_to_hub", "accelerator_config", "seed",
         "local_rank", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "dataloader_num_workers", "evaluate_on",
+        "use_cpu", "dataloader_pin_memory", "save_strategy",
     }  # fmt: skip
     default = (
         dataclass_type(output_dir="unused") if issubclass(dataclass_type, TrainingArguments) else dataclass_type()
@@ -278,6 +279,7 @@ def changed_settings(values, dataclass_type) -> dict:
     for f in fields(dataclass_type):
         value = getattr(values, f.name)
         if f.name not in skipped and not f.name.startswith("_") and f.init and value != getattr(default, f.name):
+            value = getattr(value, "value", value)  # of an enum
             changed[f.name] = value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
     return changed
 

@@ -50,7 +50,7 @@ class DemoArguments:
 
 def run_commands(output: Path, seed: int, max_steps: int | None) -> None:
     for step in STEPS:
-        script, *options = shlex.split(step.format(out=output, configs=HERE / "configs"))
+        script, *options = shlex.split(step.format(out=output, configs=os.path.relpath(HERE / "configs")))
         if not script.startswith("prepare"):
             options += ["--seed", str(seed), "--overwrite", "true"]
             options += ["--max_steps", str(max_steps)] if max_steps else []
