@@ -351,7 +351,8 @@ def test_gradient_checkpointing_keeps_the_distillation_gradient_or_refuses(tmp_p
     # The first capture inside a reentrantly checkpointed block carries no gradient: the term was logged, not trained.
     student = tiny_model("segformer")
     layer = next(n for n, m in student.named_modules() if type(m).__name__ == "SegformerMixMLP" or n.endswith("mlp"))
-    student = tiny_model("segformer")
+    if not student.supports_gradient_checkpointing:
+        pytest.skip("SegFormer supports gradient checkpointing in newer versions of transformers only")
     trainer = DistillationTrainer(
         student,
         tiny_model("segformer", seed=2),
