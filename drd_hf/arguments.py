@@ -16,6 +16,10 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message} (--help explains every option)")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the options, and the commands of the description on lines of their own."""
+
+
 def parse_arguments(*dataclass_types, description: str, argv: list[str] | None = None) -> tuple:
     """One instance of each dataclass from ``--config FILE --field value ...``.
 
@@ -27,7 +31,7 @@ def parse_arguments(*dataclass_types, description: str, argv: list[str] | None =
     parser = _Parser(
         dataclass_types,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="Flat YAML file with defaults for any of the options here.")

@@ -31,6 +31,25 @@ OF_A_RUN = ("config.json", RUN_NAME, "runs")
 
 
 @dataclass
+class StartArguments:
+    """From what the trained model starts, beside its name."""
+
+    pretrained_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "For an architecture file: checkpoint folder or Hub id whose weights fit it, or a .safetensors file "
+            "for its backbone. Default: random values."
+        },
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Normalisation of the trained model: three values, for images in 0..1."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Normalisation of the trained model: three values, for images in 0..1."}
+    )
+
+
+@dataclass
 class DataArguments:
     """Which tiles are trained on and how they are varied."""
 
@@ -314,6 +333,7 @@ def device_name(device) -> str:
 
 __all__ = [
     "DataArguments",
+    "StartArguments",
     "DistillationConfig",
     "SegmentationConfig",
     "changed_settings",

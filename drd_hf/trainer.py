@@ -141,7 +141,11 @@ class SegmentationTrainer(Trainer):
                 f"--num_processes {self.args.n_gpu} ...`, or choose one with CUDA_VISIBLE_DEVICES"
             )
         length = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
-        if length is not None and length < self.args.train_batch_size * self.args.world_size:
+        if (
+            length is not None
+            and self.args.dataloader_drop_last
+            and length < self.args.train_batch_size * self.args.world_size
+        ):
             raise UserError(
                 f"{length} training tiles do not fill one batch of {self.args.train_batch_size} on each of "
                 f"{self.args.world_size} processes: give a smaller per_device_train_batch_size"

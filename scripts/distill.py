@@ -19,11 +19,11 @@ from drd_hf import (
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
 from drd_hf.evaluation import check_labels
-from drd_hf.runs import DataArguments, check_output_dir, finish_run, train_and_validation, train_run
+from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_run, train_and_validation, train_run
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(StartArguments):
     teacher: str = field(default="", metadata={"help": "Hub id or folder of a trained segmentation checkpoint."})
     student: str = field(
         default="",
@@ -31,21 +31,9 @@ class ModelArguments:
             "help": "Hub id or folder of a checkpoint, or an architecture file (.json) to start from random values."
         },
     )
-    pretrained_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "For an architecture file: checkpoint folder or Hub id whose weights fit it, or a .safetensors file for its backbone."
-        },
-    )
     student_alone: str | None = field(
         default=None,
         metadata={"help": "Folder of the same student trained without a teacher, to be scored beside it in the card."},
-    )
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Student's normalisation, three values, images in 0..1."}
-    )
-    image_std: list[float] | None = field(
-        default=None, metadata={"help": "Student's normalisation, three values, images in 0..1."}
     )
 
 

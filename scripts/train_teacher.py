@@ -11,28 +11,16 @@ from transformers import set_seed
 from drd_hf import SegmentationConfig, SegmentationTrainer, load_image_processor, load_splits, load_student
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
-from drd_hf.runs import DataArguments, check_output_dir, finish_run, train_and_validation, train_run
+from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_run, train_and_validation, train_run
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(StartArguments):
     model: str = field(
         default="",
         metadata={
             "help": "Hub id or folder of a checkpoint, or an architecture file (.json) to start from random values."
         },
-    )
-    pretrained_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "For an architecture file: checkpoint folder or Hub id whose weights fit it, or a .safetensors file for its backbone."
-        },
-    )
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Normalisation, three values, images in 0..1."}
-    )
-    image_std: list[float] | None = field(
-        default=None, metadata={"help": "Normalisation, three values, images in 0..1."}
     )
 
 
