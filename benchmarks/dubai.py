@@ -103,9 +103,9 @@ def entry(folder: str, with_test: bool) -> dict | None:
 
 
 def print_table(rows: list[dict], columns: tuple[str, ...]) -> None:
-    print("\n" + f"{'method':22}{'seed':>5}" + "".join(f"{c.replace('_', ' '):>26}" for c in columns))
+    print("\n" + f"{'method':22}{'seed':>5}" + "".join(f"{c.replace('_', ' '):>30}" for c in columns))
     for row in rows:
-        print(f"{row['method']:22}{row['seed']:5}" + "".join(f"{row[c]:26.4f}" for c in columns))
+        print(f"{row['method']:22}{row['seed']:5}" + "".join(f"{row[c]:30.4f}" for c in columns))
 
 
 def main() -> None:
