@@ -34,14 +34,18 @@ def main() -> None:
     parser.add_argument("--demo", default="demo", help="output folder of the demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    if not Path(args.demo, "results.json").is_file():
-        sys.exit(f"error: {args.demo} holds no finished demo, run make demo first")
+    demo = Path(args.demo, "results.json")
+    if not demo.is_file() or json.loads(demo.read_text())["seed"] != 0:
+        sys.exit(f"error: {args.demo} holds no finished demo of seed 0, run make demo first")
+    teacher = Path(args.demo, "teacher", "run.json").stat().st_mtime
 
     rows = []
     for seed in args.seeds:
         of_seed = commands(args.demo, seed)
         for folder, command in of_seed.items():
-            if not Path(folder, "run.json").is_file():
+            finished = Path(folder, "run.json")
+            if not finished.is_file() or finished.stat().st_mtime < teacher:
+                command += " --overwrite true"
                 print(f"$ {command}", flush=True)
                 words = [
                     str(ROOT / word) if word.startswith("scripts/") else word for word in shlex.split(command)[1:]

@@ -78,7 +78,8 @@ def train_missing(methods, seeds, steps) -> None:
 
 
 def score_on_test(folder: str) -> None:
-    if not (ROOT / folder / "test.json").is_file():
+    scores, finished = ROOT / folder / "test.json", ROOT / folder / "run.json"
+    if not scores.is_file() or scores.stat().st_mtime < finished.stat().st_mtime:
         run(
             f"python scripts/evaluate.py --model {folder} --dataset data/dubai --split test --output {folder}/test.json"
         )

@@ -1,5 +1,6 @@
 """Scores and speed of a model on a split."""
 
+import math
 import statistics
 import time
 from collections.abc import Iterable
@@ -50,6 +51,15 @@ def evaluate_model(
             logits = model(pixel_values=batch["pixel_values"].to(device)).logits
             metrics.update(logits, batch["labels"].to(device))
     return metrics
+
+
+def finite_json(value):
+    """A report without NaN and infinity, which are no JSON: the score of a class that does not occur becomes null."""
+    if isinstance(value, dict):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def same_labels(model: PreTrainedModel, id2label: dict[int, str]) -> bool:

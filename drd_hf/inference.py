@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from drd_hf.data.tiles import tile_origins
+from drd_hf.data.transforms import normalization_of, normalize
 from drd_hf.errors import UserError
 
 
@@ -26,7 +27,7 @@ def predict_image(
 
     Args:
         model: a semantic segmentation model; used on the device it is on, and left in eval mode.
-        processor: its image processor; resizing is switched off.
+        processor: its image processor, of which only the normalisation is used: nothing is resized or cropped.
         image: PIL image, or uint8 array (H, W, 3).
         tile: side of the windows in pixels; an image smaller than that is one window.
         overlap: share of a window that the next one covers again, 0 <= overlap < 1.
@@ -62,8 +63,9 @@ def predict_image(
         for start in range(0, len(corners), batch_size):
             batch = corners[start : start + batch_size]
             windows = [image[row : row + window[0], column : column + window[1]] for row, column in batch]
-            inputs = processor(images=windows, do_resize=False, return_tensors="pt", input_data_format="channels_last")
-            logits = model(pixel_values=inputs["pixel_values"].to(device, next(model.parameters()).dtype)).logits
+            pixels = torch.from_numpy(np.stack(windows)).to(device).permute(0, 3, 1, 2)  # (B, 3, h, w) uint8
+            pixel_values = normalize(pixels, *normalization_of(processor))
+            logits = model(pixel_values=pixel_values.to(next(model.parameters()).dtype)).logits
             logits = F.interpolate(logits.float(), size=window, mode="bilinear", align_corners=False)
             for (row, column), probabilities in zip(batch, logits.softmax(dim=1), strict=True):
                 place = (slice(row, row + window[0]), slice(column, column + window[1]))

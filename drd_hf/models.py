@@ -71,7 +71,7 @@ def load_student(
     """A segmentation model to train, with a head for the given labels.
 
     Args:
-        name_or_path: Hub id or folder of a checkpoint (a new head is made where its labels differ), or an
+        name_or_path: Hub id or folder of a checkpoint (it gets a new classifier where the number of classes differs), or an
             architecture as a `config.json`-like file, which starts from random values.
         id2label: {0: name, ...} of the task; None keeps the checkpoint's own.
         pretrained_weights: only with an architecture file. A folder or Hub id of a checkpoint whose weights fit the
@@ -175,11 +175,13 @@ def _from_pretrained(name_or_path: str, new_head: bool = False, **kwargs) -> Pre
             f"{name_or_path}: {len(lacking)} tensors have no trained values, the first is {min(lacking)}: "
             "give a checkpoint that was trained for segmentation"
         )
-    total = len(model.state_dict())
-    if len(lacking) > 0.75 * total:  # a head may be new, a body may not
+    body = tuple(f"{name}." for name in (model.base_model_prefix, "backbone") if name)
+    tensors = [name for name in model.state_dict() if name.startswith(body)]
+    lacking = [name for name in tensors if name in lacking]
+    if 4 * len(lacking) > len(tensors):  # a head may be new, a body may not
         raise UserError(
-            f"{name_or_path}: fits only {total - len(lacking)} of the {total} tensors of {type(model).__name__}, "
-            "choose a checkpoint of the same architecture"
+            f"{name_or_path}: {len(lacking)} of the {len(tensors)} tensors of the body of {type(model).__name__} do not "
+            "fit, choose a checkpoint of the same architecture"
         )
     return model
 

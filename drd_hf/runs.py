@@ -1,7 +1,6 @@
 """What every training script does before and after `trainer.train()`: options of the data, output folder, results, card."""
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -21,13 +20,13 @@ from drd_hf.cards import MeasuredResult, ModelCardFacts, Timing, hub_id, write_m
 from drd_hf.data.splits import SegmentationSplits
 from drd_hf.data.transforms import EvalTransform, TrainTransform
 from drd_hf.errors import UserError
-from drd_hf.evaluation import EVALUATION_PROTOCOL, evaluate_model, milliseconds_per_tile, same_labels
+from drd_hf.evaluation import EVALUATION_PROTOCOL, evaluate_model, finite_json, milliseconds_per_tile, same_labels
 from drd_hf.models import count_parameters
 from drd_hf.trainer import DistillationConfig, SegmentationConfig, SegmentationTrainer
 
 RUN_NAME = "run.json"
 # What the folder of a run may hold, so that --overwrite never touches anything else.
-OF_A_RUN = ("config.json", RUN_NAME, "runs")
+OF_A_RUN = ("config.json", RUN_NAME)
 
 
 @dataclass
@@ -99,21 +98,25 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
     output_dir = Path(args.output_dir)
     resume = str(args.resume_from_checkpoint or "")
     if resume.lower() == "true":
-        complete = [c for c in output_dir.glob("checkpoint-*") if (c / TRAINER_STATE_NAME).is_file()]
+        complete = [c for c in output_dir.glob("checkpoint-*") if c.name.rpartition("-")[2].isdecimal()]
+        complete = [c for c in complete if (c / TRAINER_STATE_NAME).is_file()]
         if not complete:
             raise UserError(f"{output_dir} has no checkpoint to resume from: leave --resume_from_checkpoint out")
         return str(max(complete, key=lambda c: int(c.name.rpartition("-")[2])))
     if resume.lower() not in ("", "none", "false"):
         if not Path(resume, TRAINER_STATE_NAME).is_file():
             raise UserError(f"--resume_from_checkpoint {resume}: not a complete checkpoint folder")
-        return resume
+        if Path(resume).resolve().parent == output_dir.resolve():
+            return resume
+    else:
+        resume = None
     if args.process_index == 0 and output_dir.is_dir() and any(output_dir.iterdir()):
         if not overwrite:
             raise UserError(f"{output_dir} is there already: give --overwrite true, or --resume_from_checkpoint true")
         held = [p.name for p in output_dir.iterdir()]
         if not any(name in OF_A_RUN or name.startswith(("checkpoint-", ".saving-")) for name in held):
             raise UserError(f"{output_dir} holds something that is not a run: choose another --output_dir")
-    return None
+    return resume
 
 
 def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
@@ -123,7 +126,7 @@ def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
         (output_dir / RUN_NAME).unlink(missing_ok=True)
         for leftover in output_dir.glob(".saving-*"):
             shutil.rmtree(leftover)
-        if resume is None:
+        if resume is None or Path(resume).resolve().parent != output_dir.resolve():
             for checkpoint in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -182,7 +185,7 @@ def finish_run(
         "num_parameters": count_parameters(model),
         "milliseconds_per_tile": {"tile_size": tile_size, "milliseconds": milliseconds, "device": device_name(device)},
         "steps": trainer.state.global_step,
-        "seconds": _train_seconds(trainer),
+        "seconds": _train_seconds(trainer),  # null if the run was resumed: only its last part is known
         "seed": args.seed,
         "command": command_line(),
         "settings": {
@@ -233,7 +236,7 @@ def finish_run(
     output_dir = Path(args.output_dir)
     write_model_card(output_dir, facts)
     temporary = output_dir / f"{RUN_NAME}.tmp"
-    temporary.write_text(json.dumps(_without_nan(run), indent=1) + "\n")
+    temporary.write_text(json.dumps(finite_json(run), indent=1) + "\n")
     os.replace(temporary, output_dir / RUN_NAME)
     return run
 
@@ -251,19 +254,11 @@ def _save_model(trainer: SegmentationTrainer) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _without_nan(value):
-    """NaN is no JSON: the score of a class that does not occur becomes null."""
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _train_seconds(trainer) -> float | None:
-    return next(
-        (entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), None
-    )
+    if trainer.args.resume_from_checkpoint:
+        return None
+    log = reversed(trainer.state.log_history)
+    return next((entry["train_runtime"] for entry in log if "train_runtime" in entry), None)
 
 
 def _distillation_settings(trainer) -> dict | None:

@@ -165,6 +165,24 @@ class SegmentationTrainer(Trainer):
     def _default_collator(self, model, processing_class):
         return SegmentationCollator(processing_class, num_labels=model.config.num_labels)
 
+    # Trainer's switch for incomplete batches holds for evaluation too, where it would leave tiles out of the scores.
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._every_batch():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._every_batch():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _every_batch(self):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def train(self, *args, **kwargs):
         if self.args.world_size > 1:  # else all ranks would draw the same crops and flips
             torch.manual_seed(self.args.seed + self.args.process_index)
@@ -337,7 +355,8 @@ class DistillationTrainer(SegmentationTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
         projectors = self._step.losses.state_dict()
-        if _internal_call and projectors and self.args.should_save:  # a checkpoint, not the model for others
+        # Into checkpoints only: a push to the Hub is an internal call too, without a folder.
+        if _internal_call and output_dir is not None and projectors and self.args.should_save:
             save_file({name: t.contiguous() for name, t in projectors.items()}, Path(output_dir) / PROJECTORS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

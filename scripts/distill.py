@@ -1,6 +1,6 @@
 """Distil a small student from a trained teacher with Dual Relation Distillation.
 
-accelerate launch scripts/distill.py --config scripts/configs/dubai_segformer-b0-half_from_upernet-lite2.yaml
+accelerate launch scripts/distill.py --config scripts/configs/scenes_upernet-mini_from_upernet-small.yaml
 python scripts/distill.py --teacher runs/teacher --student nvidia/mit-b0 --dataset data/potsdam --output_dir runs/student --max_steps 20000
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from drd_hf import load_image_processor, load_splits, load_teacher
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import UserError, run_script
-from drd_hf.evaluation import EVALUATION_PROTOCOL, check_labels, evaluate_model
+from drd_hf.evaluation import EVALUATION_PROTOCOL, check_labels, evaluate_model, finite_json
 
 
 @dataclass
@@ -57,7 +57,7 @@ def main() -> None:
             "confusion_matrix": metrics.matrix.tolist(),
         }
         temporary = Path(f"{args.output}.tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(finite_json(report), indent=1) + "\n")
         os.replace(temporary, args.output)
 
 

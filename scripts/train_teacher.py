@@ -1,6 +1,6 @@
 """Train a segmentation model on labels alone: a teacher, or the student without a teacher as the baseline.
 
-accelerate launch scripts/train_teacher.py --config scripts/configs/dubai_upernet-lite2.yaml
+accelerate launch scripts/train_teacher.py --config scripts/configs/scenes_upernet-small.yaml
 python scripts/train_teacher.py --model nvidia/mit-b2 --dataset data/potsdam --output_dir runs/teacher --max_steps 20000
 """
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import SegformerImageProcessor
+from transformers import MobileNetV2ImageProcessor, SegformerImageProcessor
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from drd_hf.errors import UserError
@@ -37,6 +37,14 @@ def test_windows_do_not_change_what_a_pixelwise_model_says(size, overlap):
     assert classes.shape == size and classes.dtype == np.uint8
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     np.testing.assert_array_equal(classes, expected.argmax(0))
+
+
+def test_processors_that_crop_do_not_move_the_map():
+    # MobileNetV2's processor cut 224 x 224 out of each window, and the answer was stretched over the whole of it.
+    image = np.random.default_rng(3).integers(0, 256, (300, 310, 3), dtype=np.uint8)
+    probabilities = predict_image(ColourModel(), MobileNetV2ImageProcessor(), image, 512, return_probabilities=True)[1]
+    pixels = torch.from_numpy(image).permute(2, 0, 1).double() / 127.5 - 1
+    np.testing.assert_allclose(probabilities, (2 * pixels).softmax(0).numpy(), atol=1e-5)
 
 
 def test_an_image_of_one_window_is_what_the_model_says():

@@ -1,11 +1,12 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessor
+from transformers import AutoModelForSemanticSegmentation, SegformerForImageClassification, SegformerImageProcessor
 
 from drd_hf.errors import UserError
 from drd_hf.models import load_image_processor, load_student, load_teacher
@@ -156,8 +157,25 @@ def test_a_teacher_whose_head_was_never_trained_is_refused(tmp_path):
 
 def test_weights_of_another_architecture_are_refused(tmp_path, architecture):
     tiny_model("upernet").save_pretrained(tmp_path / "upernet")
-    with pytest.raises(UserError, match="fits only .* tensors of SegformerFor"):
+    with pytest.raises(UserError, match="tensors of the body of SegformerFor"):
         load_student(architecture, LABELS, str(tmp_path / "upernet"))
+
+
+def test_weights_of_a_shallower_model_are_refused(tmp_path, architecture):
+    # Most of a deeper encoder stayed random, and only a report on the console said so.
+    tiny_model("segformer").save_pretrained(tmp_path / "shallow")
+    deeper = json.loads(Path(architecture).read_text()) | {"depths": [3, 3, 3, 3]}
+    (tmp_path / "deeper.json").write_text(json.dumps(deeper))
+    with pytest.raises(UserError, match="do not fit"):
+        load_student(str(tmp_path / "deeper.json"), LABELS, str(tmp_path / "shallow"))
+
+
+def test_an_image_classifier_is_a_start_for_segmentation(tmp_path):
+    classifier = SegformerForImageClassification(tiny_config("segformer"))
+    classifier.save_pretrained(tmp_path)
+    student = load_student(str(tmp_path), {0: "sea", 1: "ice"})
+    saved = dict(classifier.segformer.named_parameters())
+    assert all(torch.equal(p, saved[name]) for name, p in student.segformer.named_parameters())
 
 
 def test_half_precision_checkpoints_are_loaded_in_float32(tmp_path):

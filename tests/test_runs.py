@@ -7,6 +7,7 @@ import yaml
 
 from drd_hf.arguments import parse_arguments
 from drd_hf.errors import UserError
+from drd_hf.evaluation import finite_json
 from drd_hf.runs import DataArguments, changed_settings, check_output_dir, command_line
 from drd_hf.trainer import DistillationConfig, SegmentationConfig
 
@@ -50,6 +51,26 @@ def test_a_folder_is_checked_without_changing_it(tmp_path):
     assert check_output_dir(arguments(run, resume_from_checkpoint="true"), False) == str(run / "checkpoint-3")
     with pytest.raises(UserError, match="not a complete checkpoint"):
         check_output_dir(arguments(run, resume_from_checkpoint=str(run / "checkpoint-10")), False)
+
+
+def test_resuming_from_elsewhere_does_not_overwrite_a_run(tmp_path):
+    (tmp_path / "a" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    (tmp_path / "a" / "checkpoint-best").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.json").write_text("{}")
+    checkpoint = str(tmp_path / "a" / "checkpoint-5")
+    with pytest.raises(UserError, match="b is there already"):
+        check_output_dir(arguments(tmp_path / "b", resume_from_checkpoint=checkpoint), overwrite=False)
+    assert check_output_dir(arguments(tmp_path / "b", resume_from_checkpoint=checkpoint), overwrite=True) == checkpoint
+    assert (
+        check_output_dir(arguments(tmp_path / "a", resume_from_checkpoint=checkpoint), overwrite=False) == checkpoint
+    )
+    assert check_output_dir(arguments(tmp_path / "a", resume_from_checkpoint="true"), overwrite=False) == checkpoint
+
+
+def test_reports_hold_no_nan():
+    assert finite_json({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": [None, 1.0], "b": None}
 
 
 def test_other_folders_are_never_overwritten(tmp_path):

@@ -341,6 +341,29 @@ def test_an_incomplete_last_batch_is_left_out(tmp_path):
     assert trainer.state.global_step == 4
 
 
+def test_every_tile_is_evaluated(tmp_path):
+    # Trainer has one switch for incomplete batches: leaving them out of training left tiles out of the scores.
+    trainer = distiller(tmp_path)
+    trainer.eval_dataset = RandomTiles(11)
+    counted = []
+    metrics = trainer.compute_metrics
+    trainer.compute_metrics = lambda batch, compute_result: (
+        counted.append(len(batch.label_ids)) or metrics(batch, compute_result)
+    )
+    trainer.evaluate()
+    assert sum(counted) == 11 and trainer.args.dataloader_drop_last
+
+
+def test_a_model_for_others_holds_no_projector(tmp_path):
+    # A push to the Hub saves by an internal call without a folder, like a checkpoint's.
+    trainer = distiller(tmp_path)
+    assert list(trainer.losses[0].parameters())
+    trainer.save_model(_internal_call=True)
+    trainer.save_model(str(tmp_path / "model"))
+    for folder in (tmp_path / "run", tmp_path / "model"):
+        assert (folder / "model.safetensors").is_file() and not (folder / "projectors.safetensors").exists()
+
+
 def test_fewer_tiles_than_a_batch_are_refused(tmp_path):
     with pytest.raises(UserError, match="3 training tiles do not fill one batch of 4"):
         distiller(tmp_path, data=RandomTiles(3))

@@ -165,8 +165,8 @@ class SegmentationCollator:
 
     def __init__(self, processor, teacher_processor=None, num_labels: int | None = None):
         self.num_labels = num_labels
-        self.normalization = _normalization(processor)
-        teacher = None if teacher_processor is None else _normalization(teacher_processor)
+        self.normalization = normalization_of(processor)
+        teacher = None if teacher_processor is None else normalization_of(teacher_processor)
         self.teacher_normalization = None if teacher == self.normalization else teacher
 
     def __call__(self, items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -183,9 +183,9 @@ class SegmentationCollator:
                     f"labels {wrong.unique().tolist()} are out of range: the model knows 0..{self.num_labels - 1}, and "
                     f"{IGNORE_INDEX} is ignored; prepare the dataset with the classes of this model"
                 )
-        batch = {"pixel_values": _normalize(images, *self.normalization), "labels": labels}
+        batch = {"pixel_values": normalize(images, *self.normalization), "labels": labels}
         if self.teacher_normalization is not None:
-            batch["teacher_pixel_values"] = _normalize(images, *self.teacher_normalization)
+            batch["teacher_pixel_values"] = normalize(images, *self.teacher_normalization)
         return batch
 
 
@@ -221,7 +221,7 @@ def _covered_by_earlier_tiles(dataset) -> dict[tuple[str, int, int], tuple[int, 
     return {(s, row, column): (tops[s][row], lefts[s][column]) for s, row, column in places}
 
 
-def _normalization(processor) -> tuple[float, tuple[float, ...], tuple[float, ...], bool]:
+def normalization_of(processor) -> tuple[float, tuple[float, ...], tuple[float, ...], bool]:
     """Factor, mean and deviation per channel, and whether channels are reversed, as a processor's settings say."""
     factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
     mean, std = (0.0,) * 3, (1.0,) * 3
@@ -230,6 +230,7 @@ def _normalization(processor) -> tuple[float, tuple[float, ...], tuple[float, ..
     return factor, mean, std, bool(getattr(processor, "do_flip_channel_order", False))
 
 
-def _normalize(images: torch.Tensor, factor: float, mean, std, reverse_channels: bool) -> torch.Tensor:
+def normalize(images: torch.Tensor, factor: float, mean, std, reverse_channels: bool) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32, with what `normalization_of` gives."""
     images = images.flip(1) if reverse_channels else images
     return F.normalize(images.float().mul_(factor), mean, std, inplace=True)
