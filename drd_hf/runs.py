@@ -22,7 +22,7 @@ from drd_hf.data.transforms import EvalTransform, TrainTransform
 from drd_hf.errors import UserError
 from drd_hf.evaluation import EVALUATION_PROTOCOL, evaluate_model, finite_json, milliseconds_per_tile, same_labels
 from drd_hf.models import count_parameters
-from drd_hf.trainer import DistillationConfig, SegmentationConfig, SegmentationTrainer
+from drd_hf.trainer import SegmentationTrainer
 
 RUN_NAME = "run.json"
 # What the folder of a run may hold, so that --overwrite never touches anything else.
@@ -324,18 +324,3 @@ def device_name(device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-__all__ = [
-    "DataArguments",
-    "StartArguments",
-    "DistillationConfig",
-    "SegmentationConfig",
-    "changed_settings",
-    "command_line",
-    "finish_run",
-    "check_output_dir",
-    "train_run",
-    "train_and_validation",
-    "versions",
-]
