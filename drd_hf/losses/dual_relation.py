@@ -84,7 +84,9 @@ class DualRelationLoss(DistillationLoss):
                 distance = spatial_relation_distance(student, teacher, self.relation, self.temperature)
                 terms["spatial_relation"] = terms["spatial_relation"] + distance / len(self.layers)
             if "channel_relation" in terms:
-                projector = self.projectors[str(index)] if str(index) in self.projectors else nn.Identity()
-                distance = channel_relation_distance(projector(student), teacher, self.relation, self.temperature)
+                weight = self.projectors[str(index)].weight[:, :, 0, 0] if str(index) in self.projectors else None
+                distance = channel_relation_distance(
+                    student, teacher, self.relation, self.temperature, projection=weight
+                )
                 terms["channel_relation"] = terms["channel_relation"] + distance / len(self.layers)
         return terms
