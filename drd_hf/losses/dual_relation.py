@@ -13,31 +13,44 @@ class DualRelationLoss(DistillationLoss):
     """Distances between the spatial and the channel relations of student and teacher (arXiv 2506.20688).
 
     For each pair of layers ``spatial_relation_distance(student, teacher)`` and
-    ``channel_relation_distance(projector(student), teacher)``, averaged over the pairs. Spatial relations never need
-    equal widths. The projector, a 1x1 convolution to the teacher's width, exists only for a pair whose widths differ
+    ``channel_relation_distance(student, teacher, projection=projector)``, averaged over the pairs. Spatial relations never
+    need equal widths. The projector, a 1x1 convolution to the teacher's width, exists only for a pair whose widths differ
     and only if the channel weight is not 0; it trains with the student and is dropped afterwards.
 
     Args:
-        layers: pairs (student layer, teacher layer), dotted module names.
+        layers: pairs (student layer, teacher layer), dotted module names; a third element is the pair's weight in the average,
+            1 unless given.
         spatial_weight, channel_weight: weights of the two terms; a term of weight 0 is not computed.
         relation: ``"cosine"`` or ``"attention"``, see `drd_hf.relations`.
         temperature: T of the attention relation.
-        resize_relations_to: side of the square grid on which relations are compared; None: the student's grid.
+        resize_relations_to: longest side of the grid on which relations are compared. Larger maps of the student are
+            shrunk to it in proportion (bilinear, antialiased), smaller ones stay; the teacher's follow the student's.
+            None compares on the student's own grid, whatever its size. Cost grows with the number of positions.
+        teacher_term: False leaves the constant of the teacher out of the spatial term where that saves work, see
+            `spatial_relation_distance`: same gradients, but the logged value is no distance.
         student_widths, teacher_widths: {layer: channels}; the trainer finds them itself, give them to use the loss
             without a trainer.
 
     Shape:
         features {layer: (B, C, H, W)} -> {"spatial_relation": scalar, "channel_relation": scalar}
+
+    Example:
+        >>> import torch
+        >>> loss = DualRelationLoss([("s", "t")], student_widths={"s": 8}, teacher_widths={"t": 16})
+        >>> terms = loss({"s": torch.randn(2, 8, 32, 32)}, {"t": torch.randn(2, 16, 32, 32)})
+        >>> sorted(terms)
+        ['channel_relation', 'spatial_relation']
     """
 
     def __init__(
         self,
-        layers: Sequence[tuple[str, str]],
+        layers: Sequence[tuple[str, str] | tuple[str, str, float]],
         spatial_weight: float = 3.0,
         channel_weight: float = 3.0,
         relation: str = "cosine",
         temperature: float = 1.0,
-        resize_relations_to: int | None = None,
+        resize_relations_to: int | None = 64,
+        teacher_term: bool = True,
         student_widths: dict[str, int] | None = None,
         teacher_widths: dict[str, int] | None = None,
     ):
@@ -48,7 +61,14 @@ class DualRelationLoss(DistillationLoss):
             raise UserError(f"relation={relation!r} is not known, choose one of {', '.join(RELATIONS)}")
         if not temperature > 0:
             raise UserError(f"temperature={temperature} must be greater than 0")
-        self.layers = [(str(s), str(t)) for s, t in layers]
+        if resize_relations_to is not None and resize_relations_to < 1:
+            raise UserError(f"resize_relations_to={resize_relations_to} must be at least 1, or None for no limit")
+        self.layers = [(str(s), str(t)) for s, t, *_ in layers]
+        pair_weights = [float(weight[0]) if weight else 1.0 for _, _, *weight in layers]
+        for (student_layer, teacher_layer), weight in zip(self.layers, pair_weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise UserError(f"layer pair {student_layer}={teacher_layer} has weight {weight}, give one above 0")
+        self.layer_weights = [weight / sum(pair_weights) for weight in pair_weights]
         self.student_layers = tuple(s for s, _ in self.layers)
         self.teacher_layers = tuple(t for _, t in self.layers)
         self.weights = {
@@ -59,6 +79,7 @@ class DualRelationLoss(DistillationLoss):
         self.relation = relation
         self.temperature = temperature
         self.resize_relations_to = resize_relations_to
+        self.teacher_term = teacher_term
         self.projectors = nn.ModuleDict()
         if student_widths is not None and teacher_widths is not None:
             self.prepare(student_widths, teacher_widths)
@@ -75,18 +96,28 @@ class DualRelationLoss(DistillationLoss):
         self, student_features, teacher_features, student_logits=None, teacher_logits=None, labels=None
     ) -> dict[str, Tensor]:
         terms = dict.fromkeys(self.weights, 0.0)
-        for index, (student_layer, teacher_layer) in enumerate(self.layers):
-            student, teacher = student_features[student_layer], teacher_features[teacher_layer]
-            if self.resize_relations_to is not None:
-                grid = (self.resize_relations_to, self.resize_relations_to)
-                student, teacher = resize_to(student, grid), resize_to(teacher, grid)
+        for index, ((student_layer, teacher_layer), share) in enumerate(
+            zip(self.layers, self.layer_weights, strict=True)
+        ):
+            student = student_features[student_layer]
+            grid = self._grid(student)
+            student, teacher = resize_to(student, grid), resize_to(teacher_features[teacher_layer].detach(), grid)
             if "spatial_relation" in terms:
-                distance = spatial_relation_distance(student, teacher, self.relation, self.temperature)
-                terms["spatial_relation"] = terms["spatial_relation"] + distance / len(self.layers)
+                distance = spatial_relation_distance(
+                    student, teacher, self.relation, self.temperature, teacher_term=self.teacher_term
+                )
+                terms["spatial_relation"] = terms["spatial_relation"] + share * distance
             if "channel_relation" in terms:
                 weight = self.projectors[str(index)].weight[:, :, 0, 0] if str(index) in self.projectors else None
                 distance = channel_relation_distance(
                     student, teacher, self.relation, self.temperature, projection=weight
                 )
-                terms["channel_relation"] = terms["channel_relation"] + distance / len(self.layers)
+                terms["channel_relation"] = terms["channel_relation"] + share * distance
         return terms
+
+    def _grid(self, student: Tensor) -> tuple[int, int]:
+        height, width = student.shape[-2:]
+        limit = self.resize_relations_to
+        if limit is None or max(height, width) <= limit:
+            return height, width
+        return tuple(max(1, round(side * limit / max(height, width))) for side in (height, width))

@@ -56,6 +56,8 @@ Numerical care
   are off inside, float64 features stay float64), pieces of at most 4096 columns are added up in float64, and so are all sums.
 - With equal widths the products are taken of U = S + Z and V = S - Z, since S^T S - Z^T Z = (U^T V + V^T U) / 2: nothing
   cancels where student and teacher nearly agree, and identical features give exactly 0.
+- A projection may cancel most of the features, so that the little Gram matrix of the student is formed in float64 there. So
+  are products of vectors of at most 64 numbers, where the rounding of a sum over a constant map does not average out.
 - Entries of a Gram matrix of half-precision features overflow; they are widened to float32 a piece at a time.
 - A zero vector (squared length under 1e-24) has no direction: its relations are 0 and its gradient is 0, not infinite.
 """

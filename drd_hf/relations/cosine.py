@@ -12,6 +12,9 @@ from drd_hf.relations.precision import inverse_length, sum_dtype
 _CPU_BYTES, _GPU_BYTES = 4 * 2**20, 256 * 2**20
 # Products over more columns than this are added up in float64.
 _MAX_COLUMNS = 4096
+# Sums over a map with the same vector everywhere are biased in float32. Over the entries of a wide product that averages
+# out; the products of vectors up to this length are taken in float64.
+_NARROW = 64
 # Rows of a self product that are computed at a time; the lower triangle is copied from the upper one.
 _TRIANGLE_BLOCK = 128
 _ROWS = torch.contiguous_format
@@ -37,8 +40,8 @@ def channel_route(student_channels: int, teacher_channels: int, positions: int, 
     c_s, c_t, n = student_channels, teacher_channels, positions
     if not projected:
         return cosine_route(c_t, n, n)
-    folding = 4 * c_t * c_s * c_s + 3 * c_t * c_t * c_s
-    direct = n * (2 * c_s * c_s + c_t * c_t) + folding + _MAP_PASSES * c_t * c_t
+    folding = 4 * c_t * c_s * c_s + 3 * c_t * c_t * c_s  # products in float64 count twice
+    direct = n * (3 * c_s * c_s + c_t * c_t) + folding + _MAP_PASSES * c_t * c_t
     identity = 3 * n * c_s * c_t + 5 * c_t * n * n
     return "direct" if direct <= identity else "identity"
 
@@ -110,10 +113,12 @@ class _Columns:
         a = p = b = 0
         for piece in self.pieces:
             first, second = self.fill(piece, measure=True)
-            wide = first.dtype if len(self.pieces) == 1 else sum_dtype(first.device)
-            a, p = self_product(first).to(wide) + a, (first @ second.mT).to(wide) + p
+            narrow = min(self.k_s, self.k_t) <= _NARROW
+            wide = sum_dtype(first.device) if narrow or len(self.pieces) > 1 else first.dtype
+            x, y = (first.to(wide), second.to(wide)) if narrow else (first, second)
+            a, p = self_product(x).to(wide) + a, (x @ y.mT).to(wide) + p
             if need_teacher:
-                b = self_product(second).to(wide) + b
+                b = self_product(y if self.k_t <= _NARROW else second).to(wide) + b
         return a, p, b
 
     def gradient(self, left: torch.Tensor, right: torch.Tensor, factor: float, out: torch.Tensor) -> None:
@@ -123,7 +128,7 @@ class _Columns:
             first, second = self.fill(piece, measure=False)
             g, radial = (buffer[:, :, : piece.stop - piece.start] for buffer in (result, product))
             torch.matmul(left, first, out=g)
-            g.baddbmm_(right, second)
+            torch.baddbmm(g, right, second, out=g)
             # The part of g along the column changes its length alone, which the relation does not see.
             x, scale = self.student[:, :, piece].to(g.dtype), self.scale_s[:, :, piece]
             torch.mul(g, x, out=radial)
@@ -146,9 +151,8 @@ def direct_distance(
     Returns:
         The sum and its derivative with respect to `student_gram`, a symmetric (B, M, M); None unless asked for.
     """
-    scale = inverse_length(student_gram.diagonal(dim1=-2, dim2=-1)).to(dtype)
-    cosines = _cosines(student_gram, dtype)
-    teacher_map = _cosines(teacher_gram, dtype)
+    cosines, scale = _cosines(student_gram, dtype)
+    teacher_map, _ = _cosines(teacher_gram, dtype)
     if relation == "cosine":
         difference = cosines - teacher_map
     else:
@@ -195,18 +199,19 @@ def direct_channel_distance(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Sum over the batch of the squared differences of C_t x C_t maps, and gradients of student and projection weight.
 
-    The Gram matrix of projected rows is W (F F^T) W^T. W may cancel what is common to all channels, so this product is
-    taken in float64; it is small.
+    The Gram matrix of projected rows is W (F F^T) W^T. W may cancel most of F, and what is left counts twice over in the
+    product; both F F^T and its folding are taken in float64.
     """
     total, grad, weight_grad = 0, None, None
     if need_grad:
         grad = torch.empty_like(student, dtype=dtype, memory_format=_ROWS)
         weight_grad = None if weight is None else torch.zeros_like(weight)
+    wide = dtype if weight is None else sum_dtype(student.device)
     for group in _groups(student, items=teacher.shape[1]):
-        gram = rows_gram = _gram_of_rows(student[group], dtype)
+        gram = rows_gram = _gram_of_rows(student[group], wide)
         if weight is not None:
-            wide = weight.to(sum_dtype(weight.device))
-            rows_gram = wide @ gram.to(wide.dtype) @ wide.mT
+            rows_gram = weight.to(wide) @ gram @ weight.to(wide).mT
+            gram = gram.to(dtype)
         teacher_gram = _gram_of_rows(teacher[group], dtype)
         part, slope = direct_distance(rows_gram, teacher_gram, dtype, relation, temperature, need_grad)
         total = part + total
@@ -248,7 +253,7 @@ def _groups(features: torch.Tensor, items: int) -> list[slice]:
 
 
 def _gram_of_rows(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, K, N) -> (B, K, K); half precision is widened a piece at a time."""
+    """(B, K, N) -> (B, K, K); features of another dtype are converted a piece at a time."""
     if features.dtype == dtype:
         return self_product(features)
     columns, _ = _pieces(features, features.shape[1], features.shape[2])
@@ -277,9 +282,10 @@ def _unit_columns(x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, measu
     torch.mul(x, scale, out=out)
 
 
-def _cosines(gram: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _cosines(gram: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines (B, M, M) and inverse lengths (B, M) of the items of a Gram matrix."""
     scale = inverse_length(gram.diagonal(dim1=-2, dim2=-1))
-    return (gram * scale[:, :, None]).mul_(scale[:, None, :]).to(dtype)
+    return (gram * scale[:, :, None]).mul_(scale[:, None, :]).to(dtype), scale.to(dtype)
 
 
 def _pieces(features: torch.Tensor, width: int, items: int) -> tuple[int, int]:

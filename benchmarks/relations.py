@@ -1,0 +1,245 @@
+"""What relation distances cost: ours, their plain definition, and the relation losses of other methods, in one run.
+
+    python benchmarks/relations.py                    # the full table: about 15 minutes on 2 cores
+    python benchmarks/relations.py --sizes 32 64      # a part of it
+
+Forward and backward of one loss on features of C_s 256 and C_t 768 channels. Prints a table and writes
+benchmarks/results/relations.json (relations_cuda.json on a GPU). Columns:
+
+time      median of the repetitions; the methods of one size take turns, so that a drift of the machine hits all alike
+x plain   time of the plain definition divided by this time
+x bare    this time divided by the time of the matrix products that the identity needs, and nothing else
+memory    peak above the features, in a process of its own (CPU: resident memory; GPU: allocated memory)
+share     multiplications that the method needs / (time * the machine's own rate in a large matrix product)
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import peers
+from drd_hf.relations import channel_relation_distance, cosine_route, spatial_relation_distance
+
+RESULTS = Path(__file__).resolve().parent / "results"
+C_S, C_T = 256, 768
+
+
+def bare(student, teacher, with_teacher_term: bool) -> None:
+    """The products of the identity alone, forward and backward, in their full size and without normalisation."""
+    with torch.no_grad():
+        s, t = student.flatten(2), teacher.flatten(2)
+        a, p = s @ s.mT, s @ t.mT
+        if with_teacher_term:
+            t @ t.mT
+        a @ s, p @ t
+
+
+def multiplications(method: str, n: int) -> int | None:
+    """Of the matrix products, forward and backward, as each method computes them."""
+    k, m = C_S, C_T
+    direct = n * n * (2 * k + m)
+    return {
+        "spatial cosine": direct if cosine_route(n, k, m) == "direct" else n * (2 * k * k + 2 * k * m + m * m),
+        "spatial cosine, no teacher term": direct
+        if cosine_route(n, k, m) == "direct"
+        else n * (2 * k * k + 2 * k * m),
+        "spatial cosine, plain": n * n * (3 * k + m),
+        "bare products": n * (2 * k * k + 2 * k * m + m * m),
+        "bare products, no teacher term": n * (2 * k * k + 2 * k * m),
+        "spatial attention": n * n * (3 * k + m),
+        "spatial attention, plain": n * n * (3 * k + m),
+    }.get(method)
+
+
+METHODS = {
+    "spatial cosine, plain": peers.plain_spatial_cosine,
+    "spatial cosine": lambda s, t, **_: spatial_relation_distance(s, t),
+    "spatial cosine, no teacher term": lambda s, t, **_: spatial_relation_distance(s, t, teacher_term=False),
+    "bare products": lambda s, t, **_: bare(s, t, True),
+    "bare products, no teacher term": lambda s, t, **_: bare(s, t, False),
+    "spatial attention, plain": peers.plain_spatial_attention,
+    "spatial attention": lambda s, t, **_: spatial_relation_distance(s, t, "attention"),
+    "channel cosine, plain": peers.plain_channel_cosine,
+    "channel cosine": lambda s, t, projection, **_: channel_relation_distance(s, t, projection=projection),
+    "channel attention, plain": peers.plain_channel_attention,
+    "channel attention": lambda s, t, projection, **_: channel_relation_distance(
+        s, t, "attention", projection=projection
+    ),
+    "SKD pair-wise": peers.skd_pairwise,
+    "IFVD": peers.ifvd,
+    "CIRKD mini-batch": peers.cirkd_minibatch,
+    "ICKD": peers.ickd,
+    "SP": peers.sp,
+    "AT": peers.at,
+}
+PLAIN = {name: f"{name.split(',')[0]}, plain" for name in METHODS if name.startswith(("spatial", "channel"))}
+# N x N maps of more positions than this do not fit a small machine.
+LARGEST = {name: 128 for name in METHODS if "attention" in name or "plain" in name or name.startswith("CIRKD")}
+
+
+def inputs(size: int, batch: int, device: str, dtype: torch.dtype) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    make = {"generator": generator}
+    features = [torch.randn(batch, c, size, size, **make) for c in (C_S, C_T)]
+    projection = torch.randn(C_T, C_S, **make) / C_S**0.5
+    labels = torch.randint(0, 6, (batch, 4 * size, 4 * size), **make)
+    return {
+        "student": features[0].to(device, dtype).requires_grad_(),
+        "teacher": features[1].to(device, dtype),
+        "projection": projection.to(device, dtype).requires_grad_(),
+        "labels": labels.to(device),
+    }
+
+
+def once(method: str, data: dict) -> float:
+    """Seconds of one forward and backward."""
+    data["student"].grad = data["projection"].grad = None
+    synchronise(data["student"])
+    start = time.perf_counter()
+    student, teacher = data["student"], data["teacher"]
+    loss = METHODS[method](student, teacher, projection=data["projection"], labels=data["labels"])
+    if loss is not None:
+        loss.backward()
+    synchronise(data["student"])
+    return time.perf_counter() - start
+
+
+def synchronise(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def timings(methods: list[str], size: int, batch: int, device: str, dtype: torch.dtype, budget: float) -> dict:
+    """{method: median seconds}; each gets about `budget` seconds, between 3 and 50 repetitions, in turns."""
+    data = inputs(size, batch, device, dtype)
+    first = {method: min(once(method, data), once(method, data)) for method in methods}
+    wanted = {method: max(3, min(50, round(budget / seconds))) for method, seconds in first.items()}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for turn in range(max(wanted.values())):
+        for method in methods:
+            if turn < wanted[method]:
+                seconds[method].append(once(method, data))
+    return {method: statistics.median(values) for method, values in seconds.items()}
+
+
+def peak_memory(method: str, size: int, batch: int, device: str, dtype: torch.dtype) -> int:
+    """Bytes above the features (and gradients' own memory), to be called in a fresh process."""
+    small = inputs(4, 1, device, dtype)
+    once(method, small)  # libraries are loaded and have their work space
+    data = inputs(size, batch, device, dtype)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once(method, data)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    before = _resident("VmRSS")
+    once(method, data)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Multiplications a second in a large matrix product, the best of several."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronise(a)
+        start = time.perf_counter()
+        a @ b
+        synchronise(a)
+        best = min(best, time.perf_counter() - start)
+    return side**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 12, 16, 24, 32, 48, 64, 96, 128, 256])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=6.0, help="time spent on each method and size")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--output", help="JSON file; default benchmarks/results/relations[_cuda].json")
+    parser.add_argument("--memory_of", nargs=2, metavar=("METHOD", "SIZE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    if args.memory_of:
+        print(peak_memory(args.memory_of[0], int(args.memory_of[1]), args.batch, args.device, dtype))
+        return
+
+    rate = product_rate(args.device, torch.float32)
+    rows = []
+    print(f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} G multiplications/s in a float32 matrix product")
+    print(f"{'grid':>9} {'method':32}{'time':>11}{'x plain':>9}{'x bare':>8}{'memory':>10}{'share':>7}")
+    for size in args.sizes:
+        methods = [name for name in args.methods if size <= LARGEST.get(name, size)]
+        seconds = timings(methods, size, args.batch, args.device, dtype, args.seconds)
+        for method in methods:
+            spent, count = seconds[method], multiplications(method, size * size)
+            plain = seconds.get(PLAIN.get(method))
+            products = seconds.get("bare products" + ", no teacher term" * method.endswith("no teacher term"))
+            if method not in ("spatial cosine", "spatial cosine, no teacher term"):
+                products = None
+            row = {
+                "size": size,
+                "method": method,
+                "milliseconds": round(1e3 * spent, 4),
+                "times_plain": plain and round(plain / spent, 3),
+                "times_bare": products and round(spent / products, 3),
+                "peak_megabytes": round(_memory_in_a_process(method, size, args) / 1e6, 1),
+                "share_of_rate": count and round(args.batch * count / spent / rate, 3),
+            }
+            rows.append(row)
+            cells = (row["times_plain"], row["times_bare"], row["peak_megabytes"], row["share_of_rate"])
+            shown = [
+                "" if value is None else f"{value:.{digits}f}"
+                for value, digits in zip(cells, (2, 2, 1, 2), strict=True)
+            ]
+            print(
+                f"{size:>5}x{size:<3} {method:32}{row['milliseconds']:9.2f}ms{shown[0]:>9}{shown[1]:>8}{shown[2]:>8}MB{shown[3]:>7}",
+                flush=True,
+            )
+    report = {
+        "command": "python benchmarks/relations.py " + " ".join(sys.argv[1:]),
+        "device": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "channels": {"student": C_S, "teacher": C_T},
+        "multiplications_per_second": round(rate),
+        "rows": rows,
+    }
+    path = Path(args.output or RESULTS / f"relations{'_cuda' if args.device == 'cuda' else ''}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+    print(f"written to {path}")
+
+
+def _memory_in_a_process(method: str, size: int, args) -> int:
+    command = [sys.executable, __file__, "--memory_of", method, str(size)]
+    command += ["--batch", str(args.batch), "--dtype", args.dtype, "--device", args.device]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()
