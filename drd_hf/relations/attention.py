@@ -2,6 +2,7 @@
 
 import torch
 
+from drd_hf.relations.cosine import self_product
 from drd_hf.relations.precision import sum_dtype
 
 # Bytes of one block of rows; three are held at a time.
@@ -32,15 +33,23 @@ def attention_distance(
         for start in range(0, n, block):
             rows = slice(start, min(start + block, n))
             work, p, q = (buffer[: rows.stop - start] for buffer in buffers)
-            torch.mm((s[:, rows] * scale_s).mT, s, out=work)
-            torch.softmax(work, dim=-1, out=p)
-            torch.mm((t[:, rows] * scale_t).mT, t, out=work)
-            torch.softmax(work, dim=-1, out=q)
+            torch.softmax(_products(s, rows, out=work).mul_(scale_s), dim=-1, out=p)
+            torch.softmax(_products(t, rows, out=work).mul_(scale_t), dim=-1, out=q)
             difference = torch.sub(p, q, out=q)
             if need_grad:  # d/dlogits of ||p - q||^2 is 2 p (d - sum(p d)) with d = p - q
                 slope = torch.mul(p, difference, out=work)
                 slope.addcmul_(p, slope.sum(dim=-1, keepdim=True), value=-1)
-                grad[image].addmm_(s[:, rows], slope)
-                grad[image][:, rows].addmm_(s, slope.mT)
+                if block == n:
+                    torch.mm(s, torch.add(slope, slope.mT, out=p), out=grad[image])
+                else:
+                    grad[image].addmm_(s[:, rows], slope)
+                    grad[image][:, rows].addmm_(s, slope.mT)
             total += difference.square_().sum(dim=-1).sum(dtype=total.dtype)
     return total, grad.mul_(2 * scale_s) if need_grad else None
+
+
+def _products(features: torch.Tensor, rows: slice, out: torch.Tensor) -> torch.Tensor:
+    """Rows of F^T F for F (C, N)."""
+    if out.shape[0] == out.shape[1]:
+        return self_product(features.mT[None], out=out[None])[0]
+    return torch.mm(features[:, rows].mT, features, out=out)

@@ -36,14 +36,18 @@ def cosine_route(items: int, student_width: int, teacher_width: int) -> str:
 
 
 def channel_route(student_channels: int, teacher_channels: int, positions: int, projected: bool) -> str:
-    """`cosine_route` for channel relations, where a projection is folded into the Gram matrix on the direct route."""
+    """`cosine_route` for channel relations; what the projection costs comes on top of both."""
     c_s, c_t, n = student_channels, teacher_channels, positions
     if not projected:
         return cosine_route(c_t, n, n)
-    folding = 4 * c_t * c_s * c_s + 3 * c_t * c_t * c_s  # products in float64 count twice
-    direct = n * (3 * c_s * c_s + c_t * c_t) + folding + _MAP_PASSES * c_t * c_t
+    direct = min(_folding(c_s, c_t, n), 3 * n * c_s * c_t + n * c_t * c_t) + (n + _MAP_PASSES) * c_t * c_t
     identity = 3 * n * c_s * c_t + 5 * c_t * n * n
     return "direct" if direct <= identity else "identity"
+
+
+def _folding(c_s: int, c_t: int, n: int) -> int:
+    """Multiplications of W (F F^T) W^T and its gradient; those in float64 count twice."""
+    return 3 * n * c_s * c_s + 4 * c_t * c_s * c_s + 3 * c_t * c_t * c_s
 
 
 def identity_distance(
@@ -157,16 +161,16 @@ def direct_distance(
         difference = cosines - teacher_map
     else:
         student_map = torch.softmax(cosines / temperature, dim=-1)
-        difference = student_map - torch.softmax(teacher_map / temperature, dim=-1)
+        difference = torch.softmax(teacher_map.div_(temperature), dim=-1).neg_().add_(student_map)
     total = (difference * difference).sum(dtype=sum_dtype(student_gram.device))
     if not need_grad:
         return total, None
     if relation == "cosine":
         slope = difference.mul_(2)
     else:
-        weighted = student_map * difference
-        slope = weighted - student_map * weighted.sum(dim=-1, keepdim=True)
-        slope = (slope + slope.mT) / temperature  # 2 / T times the symmetric part
+        slope = difference.mul_(student_map)
+        slope.addcmul_(student_map, slope.sum(dim=-1, keepdim=True), value=-1)
+        slope = torch.add(slope, slope.mT, out=student_map).div_(temperature)  # 2 / T times the symmetric part
     # cos_ij = R_ij r_i r_j with r_i = R_ii^(-1/2)
     along = (slope * cosines).sum(dim=-1).mul_(scale).mul_(scale)
     slope = slope.mul_(scale[:, :, None]).mul_(scale[:, None, :])
@@ -200,8 +204,13 @@ def direct_channel_distance(
     """Sum over the batch of the squared differences of C_t x C_t maps, and gradients of student and projection weight.
 
     The Gram matrix of projected rows is W (F F^T) W^T. W may cancel most of F, and what is left counts twice over in the
-    product; both F F^T and its folding are taken in float64.
+    product; both F F^T and its folding are taken in float64. With few positions it is cheaper to project the features.
     """
+    c_s, c_t, n = student.shape[1], teacher.shape[1], student.shape[2]
+    if weight is not None and 3 * n * c_s * c_t + n * c_t * c_t < _folding(c_s, c_t, n):
+        projected = weight @ student.to(dtype)
+        total, grad, _ = direct_channel_distance(projected, teacher, None, dtype, relation, temperature, need_grad)
+        return total, *_through_projection(grad, student, weight)
     total, grad, weight_grad = 0, None, None
     if need_grad:
         grad = torch.empty_like(student, dtype=dtype, memory_format=_ROWS)
@@ -238,12 +247,16 @@ def identity_channel_distance(
     """As `direct_channel_distance` from N x N products, for fewer positions than channels; ``cosine`` only."""
     rows = student if weight is None else weight @ student.to(dtype)
     total, grad = identity_distance(rows.mT, teacher.mT, dtype, True, need_grad)
-    if grad is None:
-        return total, None, None
-    grad = grad.mT
-    if weight is None:
-        return total, grad.contiguous(), None
-    return total, weight.mT @ grad, (grad @ student.to(dtype).mT).sum(0)
+    return total, *_through_projection(grad if grad is None else grad.mT, student, weight)
+
+
+def _through_projection(
+    grad: torch.Tensor | None, student: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of student and weight, given that of the projected student."""
+    if grad is None or weight is None:
+        return grad if grad is None else grad.contiguous(), None
+    return weight.mT @ grad, (grad @ student.to(grad.dtype).mT).sum(0)
 
 
 def _groups(features: torch.Tensor, items: int) -> list[slice]:
@@ -260,12 +273,12 @@ def _gram_of_rows(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return sum(self_product(piece.to(dtype)) for piece in features.split(columns, dim=2))
 
 
-def self_product(rows: torch.Tensor) -> torch.Tensor:
+def self_product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """rows @ rows^T for (B, M, K); on a CPU without computing the lower triangle."""
     batch, m, _ = rows.shape
     if rows.device.type != "cpu" or m < 2 * _TRIANGLE_BLOCK:
-        return rows @ rows.mT
-    out = rows.new_empty(batch, m, m)
+        return torch.bmm(rows, rows.mT, out=out)
+    out = rows.new_empty(batch, m, m) if out is None else out
     for image, result in zip(rows, out, strict=True):
         for start in range(0, m, _TRIANGLE_BLOCK):
             block = slice(start, start + _TRIANGLE_BLOCK)
