@@ -24,28 +24,28 @@ The left side compares two N x N maps; the right side needs products of at most 
 The gradient follows the same way, ``4 (A S - P Z)`` with A = S S^T and P = S Z^T. The term of the teacher alone has no
 gradient. For channel relations the roles of rows and columns are exchanged.
 
-A student narrower than the teacher is projected, Y = W F, before its channels are compared. The Gram matrix of the
-projected rows is ``W (F F^T) W^T``, so the projected features, C_t x N, are never formed either, forward or backward.
+A student of another width than the teacher is projected, Y = W F, before its channels are compared. The Gram matrix of the
+projected rows is ``W (F F^T) W^T``: with many positions the projected features, C_t x N, are not formed either.
 
 Routes and cost
 ---------------
-Multiplications of a product of matrices, forward and backward, for M items (N positions or C channels) described by
-vectors of K_s and K_t numbers:
+Multiplications in products of matrices, forward and backward, for maps of M x M items (N positions or C channels) that
+are described by vectors of K_s and K_t numbers, and the largest tensors held:
 
-============  ==========================  ====================================  ==================
-route         forward                     backward                              memory
-============  ==========================  ====================================  ==================
-``direct``    M^2 (K_s + K_t)             M^2 K_s                               M^2
-``identity``  M (K_s^2 + K_s K_t [+       M (K_s^2 + K_s K_t)                   gradient + K^2
-              K_t^2])
-plain         M^2 (K_s + K_t)             2 M^2 K_s                             several M^2
-============  ==========================  ====================================  ==================
+============  ================================  ===========================  =============================
+route         forward                           backward                     memory
+============  ================================  ===========================  =============================
+``direct``    M^2 (K_s + K_t)                   M^2 K_s                      M^2, gradient
+``identity``  M (K_s^2 + K_s K_t + K_t^2)       M (K_s^2 + K_s K_t)          K^2, gradient, a piece of M K
+plain         M^2 (K_s + K_t)                   2 M^2 K_s                    several times M^2
+============  ================================  ===========================  =============================
 
 `cosine_route` counts and chooses: ``identity`` for spatial relations of more than a few hundred positions, ``direct`` for
-most channel relations. On a CPU products of a matrix with itself are computed above the diagonal only. The term in
-brackets is the teacher's own; with ``teacher_term=False`` it is left out, see `spatial_relation_distance`. ``attention``
-has no such identity, for the softmax is not linear: its cost stays N^2 (2 C_s + C_s + C_t), but blocks of rows are formed, compared,
-differentiated and dropped in one pass, so that memory is a few blocks.
+most channel relations. On a CPU products of a matrix with itself are computed above the diagonal only. ``M K_t^2`` is the
+teacher's own term, which the value needs and the gradient does not; ``teacher_term=False`` leaves it out.
+
+``attention`` has no such identity, for the softmax is not linear. Its cost stays N^2 (3 C_s + C_t), but blocks of rows of
+both maps are formed, compared, differentiated and dropped in one pass: memory is three blocks and the gradient.
 
 The gradient is formed in the forward pass, while its ingredients are in cache, and only where one is needed. The
 backward pass multiplies it by the incoming factor; features are not kept for it.
