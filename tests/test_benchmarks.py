@@ -1,0 +1,67 @@
+"""The commands that produce the figures run, and their plain definitions are the definitions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from drd_hf.relations import channel_relation_distance, spatial_relation_distance
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import peers  # noqa: E402
+
+
+def run(script, *options):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_what_is_timed_against_each_other_is_the_same_loss():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, c, 9, 9, generator=generator, dtype=torch.float64) for c in (4, 6))
+    weight = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    for relation in ("cosine", "attention"):
+        plain = getattr(peers, f"plain_spatial_{relation}")(student, teacher)
+        torch.testing.assert_close(spatial_relation_distance(student, teacher, relation), plain)
+        plain = getattr(peers, f"plain_channel_{relation}")(student, teacher, projection=weight)
+        torch.testing.assert_close(channel_relation_distance(student, teacher, relation, projection=weight), plain)
+
+
+@pytest.mark.parametrize(
+    "name", ["skd_pairwise", "ifvd", "cirkd_minibatch", "ickd", "sp", "at", "fitnet", "cwd", "csd", "pixel_kd"]
+)
+def test_losses_of_others_are_zero_between_equals_and_positive_otherwise(name):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 6, 8, 8, generator=generator) for _ in range(2))
+    labels = torch.randint(0, 6, (2, 32, 32), generator=generator)
+    loss = getattr(peers, name)
+    between_equals = loss(student, student, labels=labels).item()
+    student.requires_grad_()
+    value = loss(student, teacher, labels=labels)
+    value.backward()
+    assert value.item() > 0 and student.grad.abs().sum() > 0
+    assert abs(between_equals) < 1e-4 * value.item()
+
+
+def test_the_benchmark_of_relations_prints_a_table_and_writes_json(tmp_path):
+    methods = ["spatial cosine", "spatial cosine, plain"]
+    printed = run(
+        "relations.py", "--sizes", "16", "--seconds", "0.05", "--output", tmp_path / "r.json", "--methods", *methods
+    )
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == methods
+    assert all(row["milliseconds"] > 0 and row["peak_megabytes"] >= 0 for row in rows)
+    assert rows[1]["times_plain"] == 1
+    assert "16x16" in printed
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_prints_a_table_and_writes_json(tmp_path):
+    printed = run("step.py", "--size", "64", "--rounds", "2", "--device", "cpu", "--output", tmp_path / "s.json")
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["share_of_teacher_and_student"]["DRD, default settings"] > 0
+    assert "DistillationTrainer, whole step" in printed
