@@ -1,5 +1,6 @@
 """Teachers and students by Hub id, folder or architecture file; default feature layers of each model family."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -10,55 +11,131 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+    MODEL_MAPPING,
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
     PreTrainedModel,
     SegformerImageProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.errors import UserError
+from drd_hf.features import layers_in_order
 
 logger = logging.getLogger(__name__)
 
-# The last batch norm before the classifier of each family: everything the model knows about a pixel has come together
-# there, and features are centred. After the ReLU that follows all cosines are positive, and a relation map tells less.
-# Several names where versions of transformers differ; the first that the model has is taken.
+# Semantic segmenters: the last batch norm before the classifier of each family. Everything the model knows about a pixel
+# has come together there, and features are centred: after the ReLU that follows all cosines are positive, and a relation
+# map tells less. TIPSv2 has no norm, its classifier's input stands here. Universal segmenters: the map that is
+# multiplied with the queries to give masks. Several names where versions of transformers differ; the first that the
+# model has is taken. A family without an entry, and an encoder, is run once to find its layer.
 DEFAULT_FEATURE_LAYERS = {
-    "segformer": ("decode_head.batch_norm",),
-    "upernet": ("decode_head.fpn_bottleneck.batch_norm",),
+    "beit": ("decode_head.fpn_bottleneck.normalization", "decode_head.fpn_bottleneck.bn"),
+    "data2vec-vision": ("decode_head.fpn_bottleneck.normalization", "decode_head.fpn_bottleneck.bn"),
+    "dpt": ("head.head.1",),
     "mobilenet_v2": ("segmentation_head.conv_projection.normalization",),
+    "mobilevit": ("segmentation_head.aspp.project.normalization",),
+    "mobilevitv2": ("segmentation_head.aspp.project.normalization",),
+    "segformer": ("decode_head.batch_norm",),
+    "tipsv2_dpt": ("decoder.project",),
+    "upernet": ("decode_head.fpn_bottleneck.batch_norm",),
+    "eomt": ("upscale_block",),
+    "eomt_dinov3": ("upscale_block",),
+    "mask2former": ("model.pixel_level_module.decoder.mask_projection",),
+    "maskformer": ("model.pixel_level_module.decoder.mask_projection",),
+    "oneformer": ("model.pixel_level_module.decoder.mask_projection",),
 }
+
+# Buffers that a model computes for itself, and that a checkpoint may lack.
+NOT_TRAINED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")
 
 
 def default_feature_layer(model: PreTrainedModel) -> str:
     """Name of the layer whose relations are distilled if the user names none.
 
+    `DEFAULT_FEATURE_LAYERS` has it for the known families. Another segmenter is run on a blank image: the last
+    normalisation right before its classifier is taken, or else what its classifier reads. Of an encoder (a model
+    without class scores) the last layer that gives a feature map is taken: the last layer norm over its tokens, or its
+    last convolutional stage.
+
     Raises:
-        UserError: the family has no default; name a layer of `model.named_modules()`.
+        UserError: no such layer; name a layer of `model.named_modules()`.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     family = model.config.model_type
     modules = dict(model.named_modules())
     for layer in DEFAULT_FEATURE_LAYERS.get(family, ()):
         if layer in modules:
             return layer
-    raise UserError(
-        f"no default feature layer for model type {family!r}: name one with feature_layers=STUDENT_LAYER=TEACHER_LAYER"
+    order, outputs = layers_in_order(model)
+    layer = (
+        _before_classifier(order, model.config.num_labels)
+        if getattr(outputs, "logits", None) is not None
+        else next((run.name for run in reversed(order) if run.width and not _is_aside(run)), None)
     )
+    if layer is None:
+        raise UserError(
+            f"no default feature layer for model type {family!r}: name one with feature_layers=STUDENT_LAYER=TEACHER_LAYER"
+        )
+    return layer
+
+
+def _before_classifier(order: list, num_labels: int) -> str | None:
+    """The last norm before the classifier of a segmenter, with no more than activation and dropout between them."""
+    order = [run for run in order if "auxiliary" not in run.name]
+    is_classifier = [getattr(run.module, "out_channels", None) == num_labels for run in order]
+    if True not in is_classifier:
+        return None
+    before = order[: len(order) - 1 - is_classifier[::-1].index(True)]
+    reads = next((run.name for run in reversed(before) if run.width and not _is_aside(run)), None)
+    for run in reversed(before):
+        if "Norm" in type(run.module).__name__ and run.width:
+            return run.name
+        is_container = next(run.module.children(), None) is not None
+        if not (is_container or _is_aside(run) or next(run.module.parameters(), None) is None):
+            break
+    return reads
+
+
+def _is_aside(run) -> bool:
+    """Dropout gives another map in training, and a pooling layer gives none of the whole image."""
+    kind = type(run.module).__name__
+    return "Drop" in kind or "Pooling" in kind or "AvgPool" in kind or "MaxPool" in kind or "pooler" in run.name
 
 
 def load_teacher(name_or_path: str, **kwargs) -> PreTrainedModel:
-    """A trained segmentation model, in eval mode and frozen.
+    """A trained model to learn from, in eval mode and frozen.
+
+    A checkpoint of a semantic segmenter gives class scores and features. A universal segmenter (Mask2Former, MaskFormer,
+    OneFormer, EoMT) and an encoder without a segmentation head (DINOv2, DINOv3, ViT, Swin, ConvNeXt, ... and the image
+    tower of CLIP or SigLIP) teach by their features alone; classifiers of images are such encoders. Where a model can
+    interpolate its position embeddings, it takes images of any size.
 
     Args:
-        name_or_path: Hub id or folder of a `transformers` semantic segmentation checkpoint.
+        name_or_path: Hub id or folder of a `transformers` checkpoint.
         kwargs: passed to `from_pretrained` (revision, token, ...).
+
+    Raises:
+        UserError: missing, unreadable or untrained weights, or not a model of images.
     """
     if str(name_or_path).endswith(".json"):
         raise UserError(f"{name_or_path}: a teacher needs trained weights, give the folder or Hub id of a checkpoint")
-    teacher = _from_pretrained(name_or_path, **kwargs)
+    config = _read_config(name_or_path, **kwargs)
+    auto_class, part = _class_and_config(config, name_or_path)
+    if part is not config:
+        kwargs["config"] = part
+    teacher = _from_pretrained(name_or_path, auto_class, **kwargs)
+    _let_images_be_enough(teacher)
+    if type(teacher).__name__.startswith(("Data2VecVisionForSemantic", "Eomt")):
+        _refuse_other_sizes(teacher)
     return teacher.eval().requires_grad_(False)
 
 
@@ -79,7 +156,8 @@ def load_student(
         kwargs: passed to `from_pretrained` (revision, token, ...).
 
     Raises:
-        UserError: the file or folder is missing or unreadable, or none of the pretrained weights fit.
+        UserError: the file or folder is missing or unreadable, none of the pretrained weights fit, or the model cannot
+            compute its loss.
     """
     labels = {}
     if id2label is not None:
@@ -90,7 +168,7 @@ def load_student(
     if not str(name_or_path).endswith(".json"):
         if pretrained_weights is not None:
             raise UserError("pretrained_weights goes with an architecture file (.json), not with a checkpoint")
-        model = _from_pretrained(name_or_path, new_head=True, **labels, **kwargs)
+        model = _from_pretrained(name_or_path, AutoModelForSemanticSegmentation, new_head=True, **labels, **kwargs)
     else:
         config = _read_architecture(name_or_path, labels)
         if pretrained_weights is None or str(pretrained_weights).endswith(".safetensors"):
@@ -98,11 +176,19 @@ def load_student(
             if pretrained_weights is not None:
                 _load_backbone(model, pretrained_weights)
         else:
-            model = _from_pretrained(pretrained_weights, new_head=True, config=config, **kwargs)
+            model = _from_pretrained(
+                pretrained_weights, AutoModelForSemanticSegmentation, new_head=True, config=config, **kwargs
+            )
+    if model.config.model_type == "dpt" and not model.config.use_auxiliary_head:
+        raise UserError(
+            f"{name_or_path}: a DPT computes its loss only with use_auxiliary_head: true in its configuration"
+        )
     for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
         if hasattr(model.config, name):
             setattr(model.config, name, IGNORE_INDEX)
     _slow_down_batch_norm(model)
+    if model.config.model_type in ("beit", "data2vec-vision"):
+        _refuse_other_sizes(model)
     return model
 
 
@@ -150,30 +236,106 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _from_pretrained(name_or_path: str, new_head: bool = False, **kwargs) -> PreTrainedModel:
+def _check_folder(name_or_path: str) -> None:
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{path}: not a model folder, it has no config.json")
     if not path.is_dir() and (path.is_absolute() or str(name_or_path).startswith(".") or path.is_file()):
         raise UserError(f"{path}: no such model folder")
+
+
+def _read_config(name_or_path: str, **kwargs):
+    _check_folder(name_or_path)
+    known = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k in known})
+    except (OSError, ValueError, KeyError, HFValidationError) as error:
+        raise UserError(f"{name_or_path}: cannot be loaded as a teacher ({_first_line(error)})") from error
+
+
+def _class_and_config(config, name_or_path: str) -> tuple:
+    """The Auto class of a teacher: of what its checkpoint was trained as, if that segments, else of the bare encoder."""
+    trained_as = (getattr(config, "architectures", None) or [None])[0]
+    semantic = MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+    if trained_as in semantic.values() or (trained_as is None and config.model_type in semantic):
+        return AutoModelForSemanticSegmentation, config
+    if config.model_type in DEFAULT_FEATURE_LAYERS and type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING:
+        return AutoModelForUniversalSegmentation, config
+    encoder = getattr(config, "vision_config", None) or config  # the image tower of a model of images and texts
+    if encoder.model_type == "vit_mae":
+        raise UserError(f"{name_or_path}: ViTMAE hides random patches of each image: save its weights as a ViTModel")
+    for auto_class, mapping in ((AutoModel, MODEL_MAPPING), (AutoBackbone, MODEL_FOR_BACKBONE_MAPPING)):
+        if getattr(mapping.get(type(encoder), None), "main_input_name", None) == "pixel_values":
+            return auto_class, encoder
+    raise UserError(
+        f"{name_or_path}: a teacher segments or encodes images, which model type {config.model_type!r} does not"
+    )
+
+
+def _let_images_be_enough(teacher: PreTrainedModel) -> None:
+    """Fill in, at each call, what the teacher wants beside `pixel_values`."""
+    accepted = inspect.signature(teacher.forward).parameters
+    size = _image_size(teacher)
+
+    def fill(module, args, kwargs):
+        images = kwargs.get("pixel_values")
+        if images is None:
+            return None
+        if "interpolate_pos_encoding" in accepted and tuple(images.shape[-2:]) != size:
+            kwargs = {"interpolate_pos_encoding": True} | kwargs
+        if "task_inputs" in accepted:  # of OneFormer; they steer the queries, which come after the pixel decoder
+            kwargs = {"task_inputs": images.new_zeros(len(images), teacher.config.task_seq_len)} | kwargs
+        return args, kwargs
+
+    if "interpolate_pos_encoding" in accepted or "task_inputs" in accepted:
+        teacher.register_forward_pre_hook(fill, with_kwargs=True)
+
+
+def _refuse_other_sizes(model: PreTrainedModel) -> None:
+    """Say in one line what `transformers` says deep in the model, or not at all."""
+    size = _image_size(model)
+
+    def check(module, args, kwargs):
+        images = kwargs.get("pixel_values")
+        if images is not None and tuple(images.shape[-2:]) != size:
+            given, wanted = ("x".join(map(str, shape)) for shape in (images.shape[-2:], size))
+            raise UserError(
+                f"{type(module).__name__} takes images of {wanted} pixels only, not of {given}: use crops and tiles of "
+                "that size, or give an architecture file another image_size"
+            )
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def _image_size(model: PreTrainedModel) -> tuple:
+    size = getattr(model.config, "image_size", None)
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def _from_pretrained(name_or_path: str, auto_class, new_head: bool = False, **kwargs) -> PreTrainedModel:
+    _check_folder(name_or_path)
     kwargs.setdefault(
         "dtype", torch.float32
     )  # else a checkpoint in half precision stays so; mixed precision is the trainer's
     try:
-        model, report = AutoModelForSemanticSegmentation.from_pretrained(
+        model, report = auto_class.from_pretrained(
             name_or_path, use_safetensors=True, ignore_mismatched_sizes=new_head, output_loading_info=True, **kwargs
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded as a segmentation model ({_first_line(error)})") from error
+        kind = "a segmentation model" if auto_class is AutoModelForSemanticSegmentation else "a teacher"
+        raise UserError(f"{name_or_path}: cannot be loaded as {kind} ({_first_line(error)})") from error
+    not_a_segmenter = auto_class in (AutoModel, AutoBackbone)
     # from_pretrained fills what the checkpoint lacks with random values and only prints a report.
     lacking = {
         key[0] if isinstance(key, tuple) else key for key in (*report["missing_keys"], *report["mismatched_keys"])
     }
-    lacking = {key for key in lacking if not key.endswith("num_batches_tracked")}
+    lacking = {key for key in lacking if not key.endswith(NOT_TRAINED)}
+    if not_a_segmenter:  # its pooler is left out of many checkpoints, and follows after all feature maps
+        lacking = {key for key in lacking if "pooler." not in key}
     if lacking and not new_head:
         raise UserError(
             f"{name_or_path}: {len(lacking)} tensors have no trained values, the first is {min(lacking)}: "
-            "give a checkpoint that was trained for segmentation"
+            f"give a checkpoint that was trained{'' if not_a_segmenter else ' for segmentation'}"
         )
     body = tuple(f"{name}." for name in (model.base_model_prefix, "backbone") if name)
     tensors = [name for name in model.state_dict() if name.startswith(body)]

@@ -2,6 +2,7 @@
 
 accelerate launch scripts/distill.py --config scripts/configs/scenes_upernet-mini_from_upernet-small.yaml
 python scripts/distill.py --teacher runs/teacher --student nvidia/mit-b0 --dataset data/potsdam --output_dir runs/student --max_steps 20000
+accelerate launch scripts/distill.py --config scripts/configs/potsdam_segformer-b0_from_dinov2-base.yaml
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,13 @@ from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_
 
 @dataclass
 class ModelArguments(StartArguments):
-    teacher: str = field(default="", metadata={"help": "Hub id or folder of a trained segmentation checkpoint."})
+    teacher: str = field(
+        default="",
+        metadata={
+            "help": "Hub id or folder of a trained segmentation checkpoint, or of an encoder such as facebook/dinov2-base, "
+            "which teaches by its features alone."
+        },
+    )
     student: str = field(
         default="",
         metadata={

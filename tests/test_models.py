@@ -6,12 +6,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSemanticSegmentation, SegformerForImageClassification, SegformerImageProcessor
+from transformers import (
+    AutoBackbone,
+    AutoModelForSemanticSegmentation,
+    BertConfig,
+    BertModel,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    HGNetV2Config,
+    SegformerForImageClassification,
+    SegformerImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from drd_hf.errors import UserError
-from drd_hf.models import load_image_processor, load_student, load_teacher
+from drd_hf.features import FeatureHooks, feature_widths
+from drd_hf.models import default_feature_layer, load_image_processor, load_student, load_teacher
 
-from .conftest import LABELS, tiny_config, tiny_model
+from .conftest import ENCODERS, LABELS, VIT, tiny_config, tiny_encoder, tiny_model, tiny_universal
 
 
 @pytest.fixture
@@ -203,3 +221,144 @@ def test_a_damaged_weights_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot be loaded"):
         load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_an_encoder_without_a_segmentation_head_is_a_teacher(tmp_path, kind):
+    config = Dinov2Config(**ENCODERS["dinov2"])
+    model = tiny_encoder("dinov2") if kind == "encoder" else Dinov2ForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    assert type(teacher).__name__ == "Dinov2Model"
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    saved = (model if kind == "encoder" else model.dinov2).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_classifier_that_has_no_pooler_is_a_teacher(tmp_path):
+    # The bare encoder has a pooler, which classifiers are saved without; no feature map depends on it.
+    ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(tmp_path)
+    assert type(load_teacher(str(tmp_path))).__name__ == "ViTModel"
+
+
+def test_an_encoder_with_missing_weights_is_refused(tmp_path):
+    tiny_encoder("vit").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layernorm.weight" not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match="no trained values.*layernorm"):
+        load_teacher(str(tmp_path))
+
+
+def test_what_a_model_computes_for_itself_may_lack_in_a_checkpoint(tmp_path):
+    # Swin of transformers 5.0 has its position index in the checkpoint, later versions leave it out.
+    model = tiny_encoder("swin")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "relative_position_index" not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    computed = dict(model.named_buffers())
+    assert all(torch.equal(value, computed[name]) for name, value in load_teacher(str(tmp_path)).named_buffers())
+
+
+def test_a_backbone_without_a_model_of_its_own_is_a_teacher(tmp_path):
+    sizes = {f"stage_{what}_channels": [8, 8, 16, 16] for what in ("mid", "out")}
+    sizes |= {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 8, 8, 16], "hidden_sizes": [8, 8, 16, 16]}
+    config = HGNetV2Config(embedding_size=8, depths=[1] * 4, stage_num_blocks=[1] * 4, **sizes)
+    AutoBackbone.from_config(config).save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    layer = default_feature_layer(teacher)
+    assert (layer, feature_widths(teacher, [layer])) == ("encoder.stages.3", {"encoder.stages.3": 16})
+
+
+def test_a_student_that_cannot_compute_its_loss_is_refused(tmp_path):
+    config = tiny_config("dpt")
+    config.use_auxiliary_head = False
+    model = AutoModelForSemanticSegmentation.from_config(config)
+    with pytest.raises(UnboundLocalError):  # fixed upstream: drop ours
+        model(pixel_values=torch.zeros(1, 3, 64, 64), labels=torch.zeros(1, 64, 64, dtype=torch.long))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="use_auxiliary_head"):
+        load_student(str(tmp_path))
+
+
+def test_the_image_tower_of_a_model_of_images_and_texts_is_a_teacher(tmp_path):
+    text = VIT | {"vocab_size": 32}
+    model = CLIPModel(CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16))
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path)).eval()
+    pixel_values = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(
+        teacher(pixel_values=pixel_values).last_hidden_state,
+        model.eval().vision_model(pixel_values=pixel_values).last_hidden_state,
+    )
+
+
+def test_models_that_see_no_whole_images_are_no_teachers(tmp_path):
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=32, **text)).save_pretrained(tmp_path / "text")
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    ViTMAEForPreTraining(ViTMAEConfig(**VIT, **decoder)).save_pretrained(tmp_path / "masked")
+    for folder, message in (("text", "'bert' does not"), ("masked", "hides random patches")):
+        with pytest.raises(UserError, match=message) as caught:
+            load_teacher(str(tmp_path / folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_teachers_with_learnt_positions_take_images_of_other_sizes(tmp_path):
+    model = tiny_encoder("vit").eval()
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    large, native = torch.rand(1, 3, 96, 128), torch.rand(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="size"):
+        model(pixel_values=large)
+    assert teacher(pixel_values=large).last_hidden_state.shape[1] == 1 + 6 * 8
+    torch.testing.assert_close(
+        teacher(pixel_values=native).last_hidden_state, model(pixel_values=native).last_hidden_state, rtol=0, atol=0
+    )
+
+
+def test_the_mask_features_of_oneformer_do_not_depend_on_its_task(tmp_path):
+    model = tiny_universal("oneformer").eval()
+    model.save_pretrained(tmp_path)
+    teacher, pixel_values = load_teacher(str(tmp_path)), torch.rand(1, 3, 64, 64)
+    layer = default_feature_layer(teacher)
+    with FeatureHooks(teacher, [layer]) as hooks, torch.no_grad():
+        teacher(pixel_values=pixel_values)
+        alone = hooks.pop()[layer]
+        teacher(pixel_values=pixel_values, task_inputs=torch.rand(1, 8))
+        torch.testing.assert_close(hooks.pop()[layer], alone)
+
+
+def test_an_eomt_that_is_still_annealed_is_refused_by_its_layer(tmp_path):
+    # While its masks are annealed, EoMT forms mask features in every block: which map is meant is not known.
+    model = tiny_universal("eomt")
+    model.attn_mask_probs.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    with pytest.raises(UserError, match="'upscale_block' ran 2 times"):
+        feature_widths(teacher, [default_feature_layer(teacher)])
+
+
+def test_the_processor_of_an_encoder_keeps_its_normalisation_and_leaves_the_size_alone(tmp_path):
+    BitImageProcessor(
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=[0.4] * 3
+    ).save_pretrained(tmp_path)
+    processor = load_image_processor(str(tmp_path))
+    pixel_values = processor(torch.zeros(3, 40, 52, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 40, 52) and list(processor.image_mean) == [0.4] * 3
+
+
+def test_models_of_one_image_size_name_it(tmp_path):
+    tiny_universal("eomt").save_pretrained(tmp_path / "eomt")
+    tiny_model("beit").save_pretrained(tmp_path / "beit")
+    for model in (load_teacher(str(tmp_path / "eomt")), load_student(str(tmp_path / "beit")).eval()):
+        model(pixel_values=torch.zeros(1, 3, 64, 64))
+        with pytest.raises(UserError, match="images of 64x64 pixels only, not of 96x128"):
+            model(pixel_values=torch.zeros(1, 3, 96, 128))
