@@ -13,10 +13,16 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from drd_hf import __version__
 from drd_hf.cards import MeasuredResult, ModelCardFacts, Timing, hub_id, write_model_card
+from drd_hf.checkpoints import (
+    STAGING_PREFIX,
+    checkpoint_folders,
+    checkpoint_problem,
+    checkpoint_to_resume,
+    newest_complete_checkpoint,
+)
 from drd_hf.data.splits import SegmentationSplits
 from drd_hf.data.transforms import EvalTransform, TrainTransform
 from drd_hf.errors import UserError
@@ -27,6 +33,8 @@ from drd_hf.trainer import SegmentationTrainer
 RUN_NAME = "run.json"
 # What the folder of a run may hold, so that --overwrite never touches anything else.
 OF_A_RUN = ("config.json", RUN_NAME)
+# What a run that was interrupted before its first checkpoint may have left: half a checkpoint, logs of integrations.
+BEFORE_THE_FIRST_CHECKPOINT = (STAGING_PREFIX, "runs", "logs")
 
 
 @dataclass
@@ -91,46 +99,68 @@ def train_and_validation(splits: SegmentationSplits, data: DataArguments) -> dic
 def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
     """Refuse to mix two runs in one folder; gives the checkpoint to resume from, if any. Changes nothing.
 
+    `--resume_from_checkpoint true` is the newest complete checkpoint; a run that was interrupted before its first one
+    starts at the beginning.
+
     Raises:
-        UserError: the folder holds a run and neither overwriting nor resuming was asked for, or there is no complete
-            checkpoint to resume from.
+        UserError: the folder holds a run and neither overwriting nor resuming was asked for, or the checkpoint to
+            resume from is not complete, or none of several is.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, main_process = Path(args.output_dir), args.process_index == 0
     resume = str(args.resume_from_checkpoint or "")
+    interrupted_early = False
     if resume.lower() == "true":
-        complete = [c for c in output_dir.glob("checkpoint-*") if c.name.rpartition("-")[2].isdecimal()]
-        complete = [c for c in complete if (c / TRAINER_STATE_NAME).is_file()]
-        if not complete:
-            raise UserError(f"{output_dir} has no checkpoint to resume from: leave --resume_from_checkpoint out")
-        return str(max(complete, key=lambda c: int(c.name.rpartition("-")[2])))
-    if resume.lower() not in ("", "none", "false"):
-        if not Path(resume, TRAINER_STATE_NAME).is_file():
-            raise UserError(f"--resume_from_checkpoint {resume}: not a complete checkpoint folder")
+        held = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+        resume, interrupted_early = None, all(name.startswith(BEFORE_THE_FIRST_CHECKPOINT) for name in held)
+        if interrupted_early or checkpoint_folders(output_dir):
+            if checkpoint := checkpoint_to_resume(output_dir, quiet=not main_process):
+                return str(checkpoint)
+        elif not overwrite:
+            raise UserError(
+                f"{output_dir} has no checkpoint to resume from: give --overwrite true to start anew in it"
+            )
+    elif resume.lower() not in ("", "none", "false"):
+        if problem := checkpoint_problem(resume):
+            raise UserError(f"--resume_from_checkpoint {resume}: not a complete checkpoint folder, {problem}")
         if Path(resume).resolve().parent == output_dir.resolve():
             return resume
     else:
         resume = None
-    if args.process_index == 0 and output_dir.is_dir() and any(output_dir.iterdir()):
+    if main_process and output_dir.is_dir() and any(output_dir.iterdir()) and not interrupted_early:
         if not overwrite:
             raise UserError(f"{output_dir} is there already: give --overwrite true, or --resume_from_checkpoint true")
         held = [p.name for p in output_dir.iterdir()]
-        if not any(name in OF_A_RUN or name.startswith(("checkpoint-", ".saving-")) for name in held):
+        if not any(name in OF_A_RUN or name.startswith(("checkpoint-", STAGING_PREFIX)) for name in held):
             raise UserError(f"{output_dir} holds something that is not a run: choose another --output_dir")
     return resume
 
 
 def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
-    """Train; a run that is overwritten loses its checkpoints and its `run.json` only now that everything is loaded."""
+    """Train; a run that is overwritten loses its checkpoints and its `run.json` only now that everything is loaded.
+
+    Ctrl-C ends the script with status 130 and a line that says how to go on.
+    """
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
         (output_dir / RUN_NAME).unlink(missing_ok=True)
-        for leftover in output_dir.glob(".saving-*"):
-            shutil.rmtree(leftover)
         if resume is None or Path(resume).resolve().parent != output_dir.resolve():
             for checkpoint in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.args.resume_from_checkpoint = resume
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(f"\n{_how_to_go_on(trainer.args.output_dir)}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _how_to_go_on(output_dir: str) -> str:
+    newest = newest_complete_checkpoint(output_dir, quiet=True)
+    if newest is None:
+        return "interrupted before a checkpoint was saved: the same command starts at the beginning"
+    return f"interrupted; to go on from {newest}, give the same command with --resume_from_checkpoint true"
 
 
 def finish_run(
@@ -245,7 +275,7 @@ def _save_model(trainer: SegmentationTrainer) -> None:
     """Model and image processor into a folder beside, then file by file into place, the weights last."""
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
+    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=output_dir))
     try:
         trainer._save(str(staging))
         for file in sorted(staging.iterdir(), key=lambda p: p.suffix == ".safetensors"):

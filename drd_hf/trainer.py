@@ -1,6 +1,10 @@
 """Trainers: everything that touches `transformers.Trainer`."""
 
 import contextlib
+import copy
+import math
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,17 +13,32 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, number_of_arguments
+from transformers.training_args import ParallelMode
 
+from drd_hf.checkpoints import (
+    SeededDraws,
+    SeededSampler,
+    checkpoint_problem,
+    checkpoint_to_resume,
+    publish,
+    remove_leftovers,
+    rotate,
+    staging_folder,
+)
 from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.data.transforms import SegmentationCollator
 from drd_hf.errors import UserError
-from drd_hf.features import FeatureHooks, feature_widths
+from drd_hf.features import FeatureHooks, feature_widths, layers_in_order
 from drd_hf.losses import DistillationLoss, DualRelationLoss, PixelLogitLoss
 from drd_hf.metrics import SegmentationMetrics
 from drd_hf.models import default_feature_layer
 
 PROJECTORS_NAME = "projectors.safetensors"
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -37,9 +56,25 @@ class SegmentationConfig(TrainingArguments):
         default=True,
         metadata={"help": "Leave out an incomplete last batch: batch norm of a pooled map fails on a single tile."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Stays off: it hides a loss that is not finite, which stops the run here, and waits each step."
+        },
+    )
+    student_channels: list[int] | None = field(
+        default=None, metadata={"help": "Channels of the tiles that the trained model reads, in order. Default: all."}
+    )
 
     def __post_init__(self):
+        if self.accelerator_config is None and self.dataloader_pin_memory:
+            # The next batch is copied while the last step still runs, which a blocking copy waits for.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
+        if self.logging_nan_inf_filter:
+            raise UserError("logging_nan_inf_filter=True would hide a loss that is not finite: leave it off")
+        if self.fp16 and self.device.type == "cpu":
+            raise UserError("fp16 has no effect on the CPU: choose bf16, or leave it off")
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor has no effect here, models compute their own loss: leave it at 0")
         if self.remove_unused_columns:
@@ -74,14 +109,33 @@ class DistillationConfig(SegmentationConfig):
         default=None,
         metadata={
             "help": "Layers whose relations are compared, one or more STUDENT_LAYER=TEACHER_LAYER (a single name "
-            "means the same layer in both). Default: the layer before the classifier of each model."
+            "means the same layer in both), with :WEIGHT behind it for another share in the mean than the 1 of the others. "
+            "Default: the layer before the classifier of each model."
         },
     )
     resize_relations_to: int | None = field(
-        default=None, metadata={"help": "Side of the grid on which relations are compared. Default: student's grid."}
+        default=64,
+        metadata={
+            "help": "Longest side of the grid on which relations are compared: larger feature maps are shrunk to it, smaller "
+            "ones stay. 0: always the student's own grid; cost grows with the number of positions."
+        },
     )
     distillation_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of all steps over which distillation weights grow from 0 to full."}
+    )
+    distillation_stop_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of all steps after which labels alone train the student and the teacher no longer runs."
+        },
+    )
+    teacher_dtype: str = field(
+        default="float32",
+        metadata={"help": f"Number format of the teacher's weights and input: {', '.join(TEACHER_DTYPES)}."},
+    )
+    teacher_channels: list[int] | None = field(
+        default=None,
+        metadata={"help": "Channels of the tiles that the teacher reads, in order. Default: those of the student."},
     )
 
     def __post_init__(self):
@@ -89,41 +143,61 @@ class DistillationConfig(SegmentationConfig):
         for name in ("spatial_relation_weight", "channel_relation_weight", "logit_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        if self.resize_relations_to is not None and self.resize_relations_to < 1:
-            raise UserError(f"resize_relations_to={self.resize_relations_to} must be at least 1")
+        if self.resize_relations_to is not None and self.resize_relations_to < 0:
+            raise UserError(f"resize_relations_to={self.resize_relations_to} must not be negative")
         if not 0 <= self.distillation_warmup_ratio <= 1:
             raise UserError(f"distillation_warmup_ratio={self.distillation_warmup_ratio} must be between 0 and 1")
+        if (
+            not self.distillation_warmup_ratio < self.distillation_stop_ratio <= 1
+            and self.distillation_stop_ratio != 1
+        ):
+            raise UserError(
+                f"distillation_stop_ratio={self.distillation_stop_ratio} must be above distillation_warmup_ratio="
+                f"{self.distillation_warmup_ratio} and at most 1"
+            )
+        if self.teacher_dtype not in TEACHER_DTYPES:
+            raise UserError(f"teacher_dtype={self.teacher_dtype!r} is not known, choose {', '.join(TEACHER_DTYPES)}")
 
 
 class SegmentationTrainer(Trainer):
     """`transformers.Trainer` for semantic segmentation: plain supervised training.
 
-    What it adds: the loss of a batch is a mean over the batch and is divided by the accumulation steps exactly once;
-    a batch without a labelled pixel has loss 0 instead of NaN; metrics come from class maps, batch by batch; a
-    saved model is a plain `transformers` folder without any pickle.
+    What it adds: the loss of a step is a mean over the labelled pixels of all its batches, accumulated and of all
+    ranks, so that 1 x 8 and 8 x 1 train alike; a step without a labelled pixel has loss 0 instead of NaN; a loss that is
+    not finite stops the run; metrics come from class maps, batch by batch; a saved model is a plain `transformers` folder
+    without any pickle.
 
     Args:
         model, args, train_dataset, eval_dataset, callbacks, ...: as in `transformers.Trainer`. Datasets give items
-            with `image` (uint8, 3 x H x W) and `labels` (H x W, 255 is ignored), see `drd_hf.data.transforms`.
+            with `image` (uint8, C x H x W) and `labels` (H x W, 255 is ignored), see `drd_hf.data.transforms`.
+        model_init: instead of `model`, a function that makes one, called anew by every `train` and search trial.
         processing_class: the model's image processor. It normalises the images and is saved with the model.
         data_collator: default `SegmentationCollator(processing_class)`.
         compute_metrics: default `SegmentationMetrics(model.config.id2label)`.
     """
 
     config_class = SegmentationConfig
+    _staging: Path | None = None  # where a checkpoint is being written
 
     def __init__(
-        self, model=None, args=None, *, processing_class=None, data_collator=None, compute_metrics=None, **kwargs
+        self,
+        model=None,
+        args=None,
+        *,
+        model_init=None,
+        processing_class=None,
+        data_collator=None,
+        compute_metrics=None,
+        **kwargs,
     ):
-        if model is None:
-            raise UserError("give the model to train")
         args = self._checked(args)
+        model = _made(model, model_init)
         if "compute_loss_func" in kwargs:
             raise UserError("compute_loss_func has no effect here: write a DistillationLoss and pass it as losses=")
         if data_collator is None:
             if processing_class is None:
                 raise UserError("give processing_class (the model's image processor) or a data_collator")
-            data_collator = self._default_collator(model, processing_class)
+            data_collator = self._default_collator(model, processing_class, args)
         if compute_metrics is None:
             compute_metrics = SegmentationMetrics(model.config.id2label)
         kwargs.setdefault("preprocess_logits_for_metrics", _class_maps)
@@ -135,6 +209,12 @@ class SegmentationTrainer(Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and self.args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UserError(
+                f"{started} processes were started, but each would train alone: they found no GPU, give --use_cpu true to "
+                "train on the CPU"
+            )
         if self.args.n_gpu > 1:
             raise UserError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch "
@@ -154,6 +234,8 @@ class SegmentationTrainer(Trainer):
         # accumulated batches. No segmentation model does; the loss would grow with accumulation steps and ranks.
         self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"]
+        self.model_init = model_init
+        self._record = LossRecord()
 
     def _checked(self, args):
         if args is None:
@@ -162,8 +244,10 @@ class SegmentationTrainer(Trainer):
             raise UserError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}")
         return args
 
-    def _default_collator(self, model, processing_class):
-        return SegmentationCollator(processing_class, num_labels=model.config.num_labels)
+    def _default_collator(self, model, processing_class, args):
+        return SegmentationCollator(
+            processing_class, num_labels=model.config.num_labels, channels=args.student_channels
+        )
 
     # Trainer's switch for incomplete batches holds for evaluation too, where it would leave tiles out of the scores.
 
@@ -183,14 +267,138 @@ class SegmentationTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def train(self, *args, **kwargs):
-        if self.args.world_size > 1:  # else all ranks would draw the same crops and flips
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in `transformers.Trainer`, and what was interrupted ends with the weights of an uninterrupted training.
+
+        Args:
+            resume_from_checkpoint: a `checkpoint-N` folder, or True for the newest complete one in `output_dir`; broken
+                ones are named and left out, and without any checkpoint training starts at the beginning.
+
+        Raises:
+            UserError: the checkpoint is broken or does not fit, or there are checkpoints and none is complete.
+        """
+        run_dir, quiet = self.args.output_dir, not self.is_world_process_zero()
+        if not quiet:
+            remove_leftovers(run_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoint_to_resume(run_dir, quiet)
+        elif resume_from_checkpoint and (problem := checkpoint_problem(resume_from_checkpoint)):
+            raise UserError(f"{resume_from_checkpoint} is not a complete checkpoint: {problem}")
+        resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._record = LossRecord()
+        if resume_from_checkpoint and (done := self._finished_training(resume_from_checkpoint)):
+            return done
+        if self.args.world_size > 1:  # else all ranks would draw the same dropout
             torch.manual_seed(self.args.seed + self.args.process_index)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _finished_training(self, checkpoint: str) -> TrainOutput | None:
+        # From the checkpoint of a last step that lies amid an epoch, Trainer would go on for one step more.
+        max_steps = self.args.max_steps
+        if max_steps <= 0:
+            steps_per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+            max_steps = math.ceil(self.args.num_train_epochs * max(steps_per_epoch, 1))
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step < max_steps:
+            return None
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, math.nan, {})  # the mean loss is not in a checkpoint
+
+    # Random crops and flips depend on the seed, the epoch and the place in it: see drd_hf.checkpoints. Datasets without
+    # a length have no sampler and stay with the global random state.
+
+    def get_train_dataloader(self):
+        dataset = self.train_dataset
+        if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
+            self.train_dataset = SeededDraws(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not isinstance(train_dataset, SeededDraws):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = super()._get_train_sampler(train_dataset.dataset)
+        return SeededSampler(sampler, seed, epoch=lambda: int(self.state.epoch or 0))
+
+    # Trainer writes a checkpoint file by file under its name. Here it writes into a staging folder, and the checkpoint
+    # gets its name when it is whole.
+
+    def _get_output_dir(self, trial):
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        self._require_finite()
+        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        staging, place = staging_folder(run_dir, name), run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        push, self.args.push_to_hub, self._staging = self.args.push_to_hub, False, staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.push_to_hub, self._staging = push, None
+        best = self.state.best_model_checkpoint
+        is_best = best is not None and Path(best) == staging / name
+        if is_best:
+            self.state.best_model_checkpoint = str(place)
+        self.accelerator.wait_for_everyone()  # every rank has written its random state
+        if self.args.should_save:
+            if is_best:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            publish(staging / name, place)
+            staging.rmdir()
+            rotate(run_dir, self.args.save_total_limit, keep=[place, self.state.best_model_checkpoint or place])
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(place))
+
+    # A model's loss is a mean over the labelled pixels of one batch. Where batches have different numbers of them, the
+    # mean of these means is not the mean over the step, so each is weighted by its share of the step's pixels.
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        labelled = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches).to(device)
+        return batches, self.accelerator.gather(labelled).sum()
+
+    def _share_of_step(self, labels, labelled_in_step) -> torch.Tensor:
+        # Trainer divides by the accumulation steps, and DDP by the ranks.
+        equal_parts = self.current_gradient_accumulation_steps * self.args.world_size
+        return (labels != IGNORE_INDEX).sum() * equal_parts / labelled_in_step.clamp_min(1)
+
+    def _note(self, terms, weights, inputs) -> None:
+        share = 1 / self.current_gradient_accumulation_steps
+        self._record.add(terms, weights, share, self.state.global_step + 1, inputs.get("sources"))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs, loss = _supervised(model, inputs["pixel_values"], inputs["labels"])
+        if num_items_in_batch is not None:  # a training step
+            loss = loss * self._share_of_step(inputs["labels"], num_items_in_batch)
+            self._note({"task_loss": loss}, {}, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        self._record.read()
+        super().log(logs, *args, **kwargs)
+
+    def _require_finite(self) -> None:
+        """Before a checkpoint is saved, so that it is not the bad one that is resumed from."""
+        self._record.read()
+        # A finite loss can have infinite gradients; the next loss would tell, after the checkpoint.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not torch.stack([p.detach().isfinite().all() for p in parameters]).all():
+            raise UserError(
+                f"the weights are not finite after step {self.state.global_step}, no checkpoint of them is saved: "
+                "give a lower learning_rate, and resume from the checkpoint before"
+            )
 
     def compute_loss_context_manager(self):
         # Evaluation runs the bare model, teachers are never prepared: autocast is entered here for all of them.
@@ -219,6 +427,17 @@ class SegmentationTrainer(Trainer):
     def _load_best_model(self):
         self._load_weights(self.state.best_model_checkpoint)
 
+    def _load_callback_state(self):
+        # Early stopping goes on counting. Trainer does so on request only, and then with the patience of the old command.
+        super()._load_callback_state()
+        left = {
+            name: list(states) if isinstance(states, list) else [states]
+            for name, states in self.state.stateful_callbacks.items()
+        }
+        for callback in self.callback_handler.callbacks:
+            if states := left.get(type(callback).__name__):
+                vars(callback).update(states.pop(0).get("attributes", {}))
+
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
             return
@@ -232,18 +451,20 @@ class DistillationTrainer(SegmentationTrainer):
     """Trains a student under a frozen teacher.
 
     The total loss of a batch is ``task loss + s * sum(weight * term)`` over the terms of all losses, s growing from 0 to
-    1 over the warm-up. Every term is logged raw (``spatial_relation``) and weighted (``spatial_relation_weighted``),
-    the task loss as ``task_loss``.
+    1 over the warm-up, and 0 from the stop ratio on. Every term is logged raw (``spatial_relation``), as the mean over
+    the steps that computed it, and weighted (``spatial_relation_weighted``), the task loss as ``task_loss``.
 
     Args:
         model: the student, any `AutoModelForSemanticSegmentation`.
-        teacher_model: the teacher; it is put in eval mode, frozen and never saved.
+        teacher_model: the teacher; it is put in eval mode, frozen and never saved, moved and cast once. A quantised or
+            compiled teacher stays where it is and as it is.
         losses: `DistillationLoss` objects; None builds them from `args`: `DualRelationLoss` with the configured
             weights, and `PixelLogitLoss` where `logit_weight` is not 0.
         teacher_processor: the teacher's image processor, if it normalises images differently from the student's.
 
     Raises:
-        UserError: a feature layer does not exist, or a loss compares class scores of models with different labels.
+        UserError: a feature layer does not exist, or a loss compares class scores of models with different labels or of
+            a teacher that has none.
     """
 
     config_class = DistillationConfig
@@ -254,12 +475,14 @@ class DistillationTrainer(SegmentationTrainer):
         teacher_model: PreTrainedModel = None,
         args: DistillationConfig = None,
         *,
+        model_init=None,
         losses: list[DistillationLoss] | DistillationLoss | None = None,
         teacher_processor=None,
         **kwargs,
     ):
-        if model is None or teacher_model is None:
+        if (model is None and model_init is None) or teacher_model is None:
             raise UserError("DistillationTrainer needs both a student (model) and a teacher (teacher_model)")
+        model = _made(model, model_init)
         if model is teacher_model:
             raise UserError("student and teacher are the same object: load the teacher a second time")
         if teacher_processor is not None and kwargs.get("data_collator") is not None:
@@ -268,40 +491,57 @@ class DistillationTrainer(SegmentationTrainer):
             )
         args = self._checked(args)
         self.teacher_processor = teacher_processor
-        if losses is None:
-            losses = losses_from_config(args, model, teacher_model)
-        losses = [losses] if isinstance(losses, DistillationLoss) else list(losses)
-        _check_losses(losses, model, teacher_model)
+        losses = [losses] if isinstance(losses, DistillationLoss) else losses
+        # Kept as they were given: a student made anew needs projectors made anew.
+        self._given_losses = copy.deepcopy(losses) if model_init is not None else None
+        losses = _checked_losses(losses, args, model, teacher_model.eval())
         super().__init__(model, args, **kwargs)
+        self.model_init = model_init
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("DistillationTrainer runs on one device or with DDP; FSDP and DeepSpeed are not supported")
-
-        self.teacher_model = teacher_model.eval().requires_grad_(False).to(self.args.device)
-        student_layers = [layer for loss in losses for layer in loss.student_layers]
-        teacher_layers = [layer for loss in losses for layer in loss.teacher_layers]
-        student_widths = feature_widths(model, student_layers) if student_layers else {}
-        teacher_widths = feature_widths(self.teacher_model, teacher_layers) if teacher_layers else {}
-        # A fork of the random state: the student sees the same batches and dropout with and without projectors.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.args.seed)
-            for loss in losses:
-                loss.prepare(student_widths, teacher_widths)
-        self._teacher_hooks = FeatureHooks(self.teacher_model, teacher_layers)
-        self._step = _DistillationStep(model, losses, FeatureHooks(model, student_layers)).to(self.args.device)
-        self._term_sums: dict[str, torch.Tensor] = {}
-        self._term_batches = 0
+        self.teacher_model = _placed_teacher(teacher_model, args.teacher_dtype, self.args.device)
+        self._pair(losses)
 
     @property
     def losses(self) -> list[DistillationLoss]:
         return list(self._step.losses)
 
-    def _default_collator(self, model, processing_class):
-        return SegmentationCollator(processing_class, self.teacher_processor, num_labels=model.config.num_labels)
+    def _default_collator(self, model, processing_class, args):
+        return SegmentationCollator(
+            processing_class,
+            self.teacher_processor,
+            num_labels=model.config.num_labels,
+            channels=args.student_channels,
+            teacher_channels=args.teacher_channels,
+        )
+
+    def _pair(self, losses: list[DistillationLoss]) -> None:
+        """Hook student and teacher, make projectors, and put what trains into one module."""
+        student, teacher = self.model, self.teacher_model
+        student_layers = [layer for loss in losses for layer in loss.student_layers]
+        teacher_layers = [layer for loss in losses for layer in loss.teacher_layers]
+        student_widths = feature_widths(student, student_layers) if student_layers else {}
+        teacher_widths = feature_widths(teacher, teacher_layers) if teacher_layers else {}
+        # A fork of the random state: the student sees the same batches and dropout with and without projectors.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.args.seed)
+            for loss in losses:
+                loss.prepare(student_widths, teacher_widths)
+        self._teacher_hooks = FeatureHooks(teacher, teacher_layers)
+        self._step = _DistillationStep(student, losses, FeatureHooks(student, student_layers)).to(self.args.device)
+
+    def _pair_again(self) -> None:
+        """`model_init` made another student, and a search trial may have changed the weights of the losses."""
+        if self._step.student is not self.model:
+            self._teacher_hooks.remove()
+            losses = copy.deepcopy(self._given_losses)
+            self._pair(_checked_losses(losses, self.args, self.model, self.teacher_model))
 
     # Student and projectors are prepared as one module, so that every trainable tensor is synchronised between
     # ranks and reaches the optimizer; `self.model` stays the plain student, which is what gets evaluated and saved.
 
     def create_optimizer(self, *args, **kwargs):
+        self._pair_again()
         student, self.model = self.model, self._step
         try:
             return super().create_optimizer()
@@ -320,36 +560,52 @@ class DistillationTrainer(SegmentationTrainer):
             loss_and_outputs = super().compute_loss(model, inputs, return_outputs)
             self._step.hooks.clear()
             return loss_and_outputs
-        with torch.no_grad():
-            pixel_values = inputs.get("teacher_pixel_values", inputs["pixel_values"])
-            teacher_logits = self.teacher_model(pixel_values=pixel_values).logits
-        terms = model(inputs["pixel_values"], inputs["labels"], self._teacher_hooks.pop(), teacher_logits)
         scale = self._distillation_scale()
-        weights = {name: weight for loss in self._step.losses for name, weight in loss.weights.items()}
+        features, logits = self._teach(inputs) if scale else (None, None)
+        terms = dict(model(inputs["pixel_values"], inputs["labels"], features, logits))
+        if num_items_in_batch is not None:
+            terms["task_loss"] = terms["task_loss"] * self._share_of_step(inputs["labels"], num_items_in_batch)
+        weights = {
+            name: scale * weight
+            for loss in self._step.losses
+            for name, weight in loss.weights.items()
+            if name in terms
+        }
+        if num_items_in_batch is not None:
+            self._note(terms, weights, inputs)
         total = terms["task_loss"]
-        self._add_up("task_loss", total)
         for name, weight in weights.items():
-            weighted = scale * weight * terms[name]
-            self._add_up(name, terms[name])
-            self._add_up(f"{name}_weighted", weighted)
-            total = total + weighted
-        self._term_batches += 1
+            total = total + weight * terms[name]
         return total
 
-    def _distillation_scale(self) -> float:
-        warmup = self.args.distillation_warmup_ratio * self.state.max_steps
-        return min(1.0, (self.state.global_step + 1) / warmup) if warmup > 0 else 1.0
+    @torch.no_grad()
+    def _teach(self, inputs) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The teacher's feature maps and class scores, None where it has no scores."""
+        pixel_values = inputs.get("teacher_pixel_values", inputs["pixel_values"])
+        outputs = self.teacher_model(pixel_values=pixel_values.to(*_place_and_dtype(self.teacher_model)))
+        device, logits = self.args.device, getattr(outputs, "logits", None)
+        try:
+            features = {layer: feature.to(device) for layer, feature in self._teacher_hooks.pop().items()}
+        except UserError as error:
+            if not _is_compiled(self.teacher_model):
+                raise
+            raise UserError(f"{error}; or do not run the compiled teacher before, later hooks never fire") from error
+        return features, logits if logits is None else logits.to(device)
 
-    def _add_up(self, name: str, value: torch.Tensor) -> None:
-        self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+    def _distillation_scale(self) -> float:
+        step, steps = self.state.global_step, self.state.max_steps
+        if self.args.distillation_stop_ratio < 1 and step >= max(1, round(self.args.distillation_stop_ratio * steps)):
+            return 0.0
+        warmup = self.args.distillation_warmup_ratio * steps
+        return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs and self._term_batches:
-            # One reduction per logging step, of sums kept on the device.
-            sums = torch.stack([value.float() for value in self._term_sums.values()]) / self._term_batches
-            means = self.accelerator.reduce(sums, reduction="mean").tolist()
-            logs.update({name: float(f"{mean:.6g}") for name, mean in zip(self._term_sums, means, strict=True)})
-            self._term_sums, self._term_batches = {}, 0
+        if "loss" in logs:
+            means = self._record.pop_means()
+            if means:  # one reduction per logging step
+                values = torch.tensor(list(means.values()), device=self.args.device)
+                values = self.accelerator.reduce(values, reduction="mean").tolist()
+                logs.update({name: float(f"{mean:.6g}") for name, mean in zip(means, values, strict=True)})
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -360,6 +616,7 @@ class DistillationTrainer(SegmentationTrainer):
             save_file({name: t.contiguous() for name, t in projectors.items()}, Path(output_dir) / PROJECTORS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._pair_again()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path, wanted = Path(resume_from_checkpoint) / PROJECTORS_NAME, self._step.losses.state_dict()
         if not path.is_file():
@@ -383,6 +640,9 @@ class _DistillationStep(nn.Module):
 
     def forward(self, pixel_values, labels, teacher_features, teacher_logits) -> dict[str, torch.Tensor]:
         outputs, task_loss = _supervised(self.student, pixel_values, labels)
+        if teacher_features is None:  # distillation has ended; DDP still waits for a gradient of each projector
+            self.hooks.clear()
+            return {"task_loss": task_loss + 0.0 * sum(p.sum() for p in self.losses.parameters())}
         student_features = self.hooks.pop()
         if torch.is_grad_enabled() and not all(f.requires_grad for f in student_features.values()):
             raise UserError(
@@ -393,6 +653,74 @@ class _DistillationStep(nn.Module):
         for loss in self.losses:
             terms.update(loss(student_features, teacher_features, outputs.logits, teacher_logits, labels))
         return terms
+
+
+class LossRecord:
+    """Means of the loss terms of many batches, and a stop where one is not finite, without a wait for the device.
+
+    Values of batches stay on their device until `read`; on the CPU, where that costs nothing, every batch is read.
+    """
+
+    BATCHES = 1000  # between two reads, however seldom they are asked for
+
+    def __init__(self):
+        self._unread = []
+        self._sums: dict[str, float] = {}
+        self._steps: dict[str, float] = {}
+
+    def add(self, terms: dict[str, torch.Tensor], weights: dict[str, float], share: float, step: int, sources=None):
+        """Note a batch.
+
+        Args:
+            terms: {name: scalar}.
+            weights: {name: weight}, the terms that enter the total loss as `weight * term`.
+            share: part of a step that this batch is, 1 / accumulation steps.
+            step: the step it belongs to, counted from 1.
+            sources: names of the tiles of the batch, if known.
+        """
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        self._unread.append((values, list(terms), weights, share, step, sources))
+        if values.device.type == "cpu" or len(self._unread) >= self.BATCHES:
+            self.read()
+
+    def read(self) -> None:
+        """Fetch what is still on the device.
+
+        Raises:
+            UserError: a term was not finite; names the first step, the terms and the tiles.
+        """
+        if not self._unread:
+            return
+        batches, self._unread = self._unread, []
+        values = iter(torch.cat([batch[0] for batch in batches]).tolist())
+        for _, names, weights, share, step, sources in batches:
+            terms = {name: next(values) for name in names}
+            broken = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+            if broken:
+                tiles = f"tiles {', '.join(sources)}" if sources else "tiles without a source"
+                raise UserError(
+                    f"step {step}: the loss is not finite ({', '.join(broken)}) on {tiles}; give a lower learning_rate "
+                    "or look at these tiles; checkpoints from before are good to resume from"
+                )
+            for name, value in terms.items():
+                self._sum(name, value, share)
+                if name in weights:
+                    self._sum(f"{name}_weighted", weights[name] * value, share)
+
+    def _sum(self, name: str, value: float, share: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + share * value
+        self._steps[name] = self._steps.get(name, 0.0) + share
+
+    def pop_means(self) -> dict[str, float]:
+        """{name: mean}, raw over the steps that had the term and weighted over all, so that these add up to the loss."""
+        self.read()
+        all_steps = max(self._steps.values(), default=0.0)
+        means = {
+            name: total / (all_steps if name.endswith("_weighted") else self._steps[name])
+            for name, total in self._sums.items()
+        }
+        self._sums, self._steps = {}, {}
+        return means
 
 
 def losses_from_config(
@@ -412,7 +740,7 @@ def losses_from_config(
                 channel_weight=args.channel_relation_weight,
                 relation=args.relation,
                 temperature=args.temperature,
-                resize_relations_to=args.resize_relations_to,
+                resize_relations_to=args.resize_relations_to or None,
             )
         )
     if args.logit_weight:
@@ -420,12 +748,49 @@ def losses_from_config(
     return losses
 
 
-def _layer_pair(text: str) -> tuple[str, str]:
-    student, _, teacher = text.partition("=")
-    return student.strip(), (teacher or student).strip()
+def _layer_pair(text: str) -> tuple[str, str] | tuple[str, str, float]:
+    layers, colon, weight = text.partition(":")
+    student, _, teacher = layers.partition("=")
+    pair = student.strip(), (teacher or student).strip()
+    if not colon:
+        return pair
+    try:
+        return *pair, float(weight)
+    except ValueError:
+        raise UserError(f"feature_layers {text!r}: {weight!r} is no number, give STUDENT=TEACHER:WEIGHT") from None
 
 
-def _check_losses(losses, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod")
+
+
+def _placed_teacher(teacher: nn.Module, dtype: str, device: torch.device) -> nn.Module:
+    teacher = teacher.eval().requires_grad_(False)
+    quantised = getattr(teacher, "is_quantized", False) or getattr(teacher, "is_loaded_in_8bit", False)
+    if not quantised and not _is_compiled(teacher):
+        return teacher.to(device, getattr(torch, dtype))
+    if dtype != "float32":
+        raise UserError(f"teacher_dtype={dtype} has no effect on a quantised or compiled teacher: cast it before that")
+    return teacher
+
+
+def _place_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a model wants its pixels, and as what: like its first weight that is not an integer."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return next(model.parameters()).device, torch.float32
+
+
+def _made(model, model_init):
+    if (model is None) == (model_init is None):
+        raise UserError("give the model to train" if model is None else "give model or model_init, not both")
+    return model if model_init is None else model_init(*[None] * number_of_arguments(model_init))
+
+
+def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[DistillationLoss]:
+    """The losses that were given, None for those of the config, if they fit the models."""
+    losses = losses_from_config(args, student, teacher) if losses is None else list(losses)
     if not losses:
         raise UserError(
             "nothing to distil: give a relation or logit weight above 0 (train a student alone with train_teacher.py)"
@@ -438,12 +803,18 @@ def _check_losses(losses, student: PreTrainedModel, teacher: PreTrainedModel) ->
     if doubled:
         raise UserError(f"two losses have a term named {sorted(doubled)[0]!r}: terms need different names")
     if any(loss.needs_logits for loss in losses):
+        logits = getattr(layers_in_order(teacher)[1], "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 4:  # (B, classes, h, w)
+            raise UserError(
+                "logit distillation compares class scores, and the teacher has none: use relation weights only"
+            )
         ours, theirs = ({int(i): n for i, n in m.config.id2label.items()} for m in (student, teacher))
         if ours != theirs:
             raise UserError(
                 "logit distillation compares class scores and needs equal labels, but the student has "
                 f"{list(ours.values())} and the teacher {list(theirs.values())}: use relation weights only"
             )
+    return losses
 
 
 def _supervised(model, pixel_values, labels):

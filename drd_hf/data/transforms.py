@@ -67,18 +67,31 @@ class RandomQuarterTurn(v2.Transform):
         return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
 
 
+class ColorJitterOfThree(v2.ColorJitter):
+    """`ColorJitter` of the first three channels; what follows them, near infrared for example, is left alone."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        jittered = super().transform(inpt[:3], params)
+        return tv_tensors.Image(torch.cat((jittered, inpt[3:]))) if len(inpt) > 3 else jittered
+
+
 class TrainTransform:
     """Random scale, crop, flips, quarter turns and colours. For `dataset.with_transform`.
 
-    Takes a batch of columns with lists of PIL images `image` and `label`; returns lists `image` of uint8 (3, S, S) and
-    `labels` of uint8 (S, S), S being `crop_size`. Randomness is torch's global generator, which the Trainer seeds.
+    Takes a batch of columns with lists of images `image` (PIL, or uint8 arrays of H x W x C) and of PIL images `label`,
+    None for a tile without labels; returns lists `image` of uint8 (C, S, S) and `labels` of uint8 (S, S), S being
+    `crop_size`, and the columns `source`, `row` and `column` as they are, where the dataset has them. Randomness is
+    torch's global generator, which the Trainer seeds.
 
     Args:
         crop_size: side of the result in pixels.
         scale: range of the random magnification; (1, 1) for none. Below `crop_size / tile_size` tiles do not fill
             the crop, and the rest is black and ignored.
         max_class_share: see `RandomScaledCrop`; 1 takes the first window with a label.
-        horizontal_flip, vertical_flip, quarter_turns, photometric: switch augmentations off with False.
+        horizontal_flip, vertical_flip, quarter_turns, photometric: switch augmentations off with False. Photometric
+            jitter is of the first three channels, taken for colours.
     """
 
     def __init__(
@@ -107,23 +120,24 @@ class TrainTransform:
         if photometric:
             # Without the channel permutation of RandomPhotometricDistort: colour order means something from above.
             steps.append(
-                v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.3, saturation=0.3, hue=0.03)], p=0.5)
+                v2.RandomApply([ColorJitterOfThree(brightness=0.2, contrast=0.3, saturation=0.3, hue=0.03)], p=0.5)
             )
         self.steps = v2.Compose(steps)
 
-    def __call__(self, batch: Mapping[str, list]) -> dict[str, list[torch.Tensor]]:
-        pairs = [self.steps(*_to_tv_tensors(*pair)) for pair in zip(batch["image"], batch["label"], strict=True)]
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        pairs = [self.steps(*pair) for pair in _pairs(batch)]
         return {
             "image": [image.as_subclass(torch.Tensor) for image, _ in pairs],
             "labels": [mask.as_subclass(torch.Tensor) for _, mask in pairs],
+            **{key: batch[key] for key in ("source", "row", "column") if key in batch},
         }
 
 
 class EvalTransform:
     """Tiles as they are. For `dataset.with_transform`.
 
-    Takes a batch of columns with lists of PIL images `image` and `label`; returns lists `image` of uint8 (3, H, W) and
-    `labels` of uint8 (H, W).
+    Takes a batch of columns like `TrainTransform`; returns lists `image` of uint8 (C, H, W) and `labels` of uint8 (H, W),
+    all 255 for a tile without labels.
 
     Args:
         dataset: the split to be evaluated. If given, a pixel is labelled in the first tile that covers it and 255 in
@@ -134,8 +148,7 @@ class EvalTransform:
         self.covered = None if dataset is None else _covered_by_earlier_tiles(dataset)
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list[torch.Tensor]]:
-        pairs = [_to_tv_tensors(*pair) for pair in zip(batch["image"], batch["label"], strict=True)]
-        images, labels = ([x.as_subclass(torch.Tensor) for x in column] for column in zip(*pairs, strict=True))
+        images, labels = ([x.as_subclass(torch.Tensor) for x in column] for column in zip(*_pairs(batch), strict=True))
         if self.covered is not None:
             for label, place in zip(
                 labels, zip(batch["source"], batch["row"], batch["column"], strict=True), strict=True
@@ -153,29 +166,47 @@ class EvalTransform:
 class SegmentationCollator:
     """Stack transformed tiles into a batch, normalised as the model's image processor says.
 
-    Takes items with `image` uint8 (3, H, W) and `labels` (H, W); returns `pixel_values` float32 (B, 3, H, W), `labels`
-    int64 (B, H, W), and `teacher_pixel_values` like `pixel_values` where the teacher is normalised differently.
-    Sizes are left alone: `do_resize` of a processor is not applied.
+    Takes items with `image` uint8 (C, H, W) and `labels` (H, W), None or absent where a tile has none; returns
+    `pixel_values` float32 (B, C, H, W), `labels` int64 (B, H, W), 255 without labels, and `teacher_pixel_values` like
+    `pixel_values` where the teacher is normalised differently or reads other channels. Items with a `source` add
+    `sources`, B strings that name the tiles. Sizes are left alone: `do_resize` of a processor is not applied.
 
     Args:
         processor: image processor of the model that is trained or evaluated.
-        teacher_processor: image processor of the teacher, if any.
+        teacher_processor: image processor of the teacher, if any; None: normalised like the model's.
         num_labels: number of classes of the model; other labels than these and 255 are refused. None: not checked.
+        channels: indices of the channels that the model reads, in its order. None: all.
+        teacher_channels: the same for the teacher. None: those of the model.
     """
 
-    def __init__(self, processor, teacher_processor=None, num_labels: int | None = None):
+    def __init__(
+        self,
+        processor,
+        teacher_processor=None,
+        num_labels: int | None = None,
+        channels: Sequence[int] | None = None,
+        teacher_channels: Sequence[int] | None = None,
+    ):
         self.num_labels = num_labels
         self.normalization = normalization_of(processor)
-        teacher = None if teacher_processor is None else normalization_of(teacher_processor)
-        self.teacher_normalization = None if teacher == self.normalization else teacher
+        self.teacher_normalization = normalization_of(processor if teacher_processor is None else teacher_processor)
+        self.channels = None if channels is None else list(channels)
+        self.teacher_channels = self.channels if teacher_channels is None else list(teacher_channels)
+        self.same_pixels = (self.normalization, self.channels) == (self.teacher_normalization, self.teacher_channels)
 
-    def __call__(self, items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        sizes = {tuple(x.shape[-2:]) for item in items for x in (item["image"], item["labels"])}
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        masks = [_labels_of(item) for item in items]
+        sizes = {tuple(x.shape[-2:]) for x in (*(item["image"] for item in items), *masks)}
         if len(sizes) > 1:
             shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
             raise UserError(f"tiles of different sizes in one batch: {shown}; use one tile or crop size")
+        counts = {len(item["image"]) for item in items}
+        if len(counts) > 1:
+            raise UserError(
+                f"tiles of {' and '.join(map(str, sorted(counts)))} channels in one batch: give one number"
+            )
         images = torch.stack([item["image"] for item in items])
-        labels = torch.stack([item["labels"] for item in items]).long()
+        labels = torch.stack([mask.long() for mask in masks])
         if self.num_labels is not None:
             wrong = labels[(labels < 0) | (labels >= self.num_labels) & (labels != IGNORE_INDEX)]
             if wrong.numel():
@@ -183,14 +214,46 @@ class SegmentationCollator:
                     f"labels {wrong.unique().tolist()} are out of range: the model knows 0..{self.num_labels - 1}, and "
                     f"{IGNORE_INDEX} is ignored; prepare the dataset with the classes of this model"
                 )
-        batch = {"pixel_values": normalize(images, *self.normalization), "labels": labels}
-        if self.teacher_normalization is not None:
-            batch["teacher_pixel_values"] = normalize(images, *self.teacher_normalization)
+        student = _select(images, self.channels, "student_channels")
+        batch = {"pixel_values": normalize(student, *self.normalization), "labels": labels}
+        if not self.same_pixels:
+            teacher = _select(images, self.teacher_channels, "teacher_channels")
+            batch["teacher_pixel_values"] = normalize(teacher, *self.teacher_normalization)
+        if all(item.get("source") is not None for item in items):
+            batch["sources"] = [_name_of(item) for item in items]
         return batch
 
 
+def _labels_of(item: Mapping[str, Any]) -> torch.Tensor:
+    labels = item.get("labels")
+    return torch.full(item["image"].shape[-2:], IGNORE_INDEX) if labels is None else labels
+
+
+def _name_of(item: Mapping[str, Any]) -> str:
+    row, column = item.get("row"), item.get("column")
+    return str(item["source"]) if row is None or column is None else f"{item['source']} (row {row}, column {column})"
+
+
+def _select(images: torch.Tensor, channels: list[int] | None, option: str) -> torch.Tensor:
+    if channels is None:
+        return images
+    if not channels or not all(0 <= channel < images.shape[1] for channel in channels):
+        raise UserError(
+            f"{option} {channels}: the tiles have the channels 0 to {images.shape[1] - 1}, name some of these"
+        )
+    return images[:, channels]
+
+
+def _pairs(batch: Mapping[str, list]) -> list[tuple[tv_tensors.Image, tv_tensors.Mask]]:
+    labels = batch["label"] if "label" in batch else [None] * len(batch["image"])
+    return [_to_tv_tensors(*pair) for pair in zip(batch["image"], labels, strict=True)]
+
+
 def _to_tv_tensors(image, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    return F.to_image(image), tv_tensors.Mask(torch.from_numpy(np.array(label)))
+    image = F.to_image(np.asarray(image, np.uint8) if isinstance(image, list) else image)
+    if label is None:
+        return image, tv_tensors.Mask(torch.full(image.shape[-2:], IGNORE_INDEX, dtype=torch.uint8))
+    return image, tv_tensors.Mask(torch.from_numpy(np.array(label)))
 
 
 def _random_offset(length: int, window: int) -> int:
@@ -209,7 +272,7 @@ def _largest_class_share(mask: torch.Tensor) -> float:
 
 def _covered_by_earlier_tiles(dataset) -> dict[tuple[str, int, int], tuple[int, int]]:
     """(source, row, column) of each tile -> how many of its top rows and left columns earlier tiles cover."""
-    tile_size = dataset.with_format(None)[0]["label"].height
+    tile_size = F.to_image(dataset.with_format(None)[0]["image"]).shape[-2]
     places = dataset.with_format(None).select_columns(["source", "row", "column"])
     places = list(zip(*(places[:][key] for key in ("source", "row", "column")), strict=True))
     rows, columns = {}, {}
@@ -224,13 +287,23 @@ def _covered_by_earlier_tiles(dataset) -> dict[tuple[str, int, int], tuple[int, 
 def normalization_of(processor) -> tuple[float, tuple[float, ...], tuple[float, ...], bool]:
     """Factor, mean and deviation per channel, and whether channels are reversed, as a processor's settings say."""
     factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
-    mean, std = (0.0,) * 3, (1.0,) * 3
+    mean, std = (0.0,), (1.0,)
     if getattr(processor, "do_normalize", False):
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     return factor, mean, std, bool(getattr(processor, "do_flip_channel_order", False))
 
 
 def normalize(images: torch.Tensor, factor: float, mean, std, reverse_channels: bool) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32, with what `normalization_of` gives."""
+    """uint8 (B, C, H, W) -> float32, with what `normalization_of` gives; a mean of one number is that of all channels."""
+    if len(mean) not in (1, images.shape[1]):
+        raise UserError(
+            f"images of {images.shape[1]} channels meet an image processor for {len(mean)}: choose channels with "
+            "student_channels and teacher_channels, or give the processor an image_mean and image_std for each"
+        )
+    if reverse_channels and images.shape[1] != 3:
+        raise UserError(
+            f"the image processor reverses colours (do_flip_channel_order), but the images have {images.shape[1]} channels: "
+            "choose three with student_channels and teacher_channels"
+        )
     images = images.flip(1) if reverse_channels else images
     return F.normalize(images.float().mul_(factor), mean, std, inplace=True)

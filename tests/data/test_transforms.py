@@ -282,3 +282,70 @@ def test_items_of_different_sizes_are_refused():
     broken[0]["labels"] = broken[0]["labels"][:8]
     with pytest.raises(UserError, match="different sizes"):
         SegmentationCollator(PROCESSORS[0])(broken)
+
+
+def test_tiles_without_labels_are_ignored_pixels_beside_labelled_ones():
+    data = items(3)
+    data[0]["labels"] = None
+    del data[2]["labels"]
+    labels = SegmentationCollator(PROCESSORS[0], num_labels=5)(data)["labels"]
+    assert labels.dtype == torch.int64 and labels.shape == (3, 16, 16)
+    assert (labels[0] == 255).all() and (labels[2] == 255).all() and (labels[1] == data[1]["labels"]).all()
+
+
+@pytest.mark.parametrize("transform", [TrainTransform(32, **PLAIN), EvalTransform()], ids=["train", "eval"])
+def test_rows_without_a_label_become_ignored_pixels(transform):
+    image, label = blobs(32)
+    rows = {"image": [Image.fromarray(image)] * 2, "label": [None, Image.fromarray(label)]}
+    out = transform(rows)
+    assert (out["labels"][0] == 255).all() and out["labels"][0].dtype == torch.uint8
+    assert (out["labels"][1] != 255).any()
+    without_column = transform({"image": rows["image"]})
+    assert all((labels == 255).all() and labels.shape == (32, 32) for labels in without_column["labels"])
+
+
+def test_places_of_tiles_reach_the_batch():
+    # So that a loss that is not finite can be traced to the tiles that gave it.
+    rows = batch(blobs(), blobs(seed=1), source=["north", "south"], row=[0, 64], column=[128, 0])
+    out = TrainTransform(16)(rows)
+    data = [dict(zip(out, values, strict=True)) for values in zip(*out.values(), strict=True)]
+    batches = SegmentationCollator(PROCESSORS[0])(data)
+    assert batches["sources"] == ["north (row 0, column 128)", "south (row 64, column 0)"]
+    assert "sources" not in SegmentationCollator(PROCESSORS[0])(items())
+
+
+def test_teacher_reads_other_channels_than_the_student():
+    generator = torch.Generator().manual_seed(0)
+    data = [{"image": torch.randint(0, 256, (4, 8, 8), generator=generator, dtype=torch.uint8)} for _ in range(2)]
+    student = SegformerImageProcessor(do_resize=False, image_mean=[0.1, 0.2, 0.3], image_std=[1.0] * 3)
+    teacher = SegformerImageProcessor(do_resize=False, image_mean=[0.5] * 4, image_std=[0.25] * 4)
+    out = SegmentationCollator(student, teacher, channels=[2, 1, 0], teacher_channels=[0, 1, 2, 3])(data)
+    scaled = torch.stack([item["image"] for item in data]).float() / 255
+    expected = torch.stack([scaled[:, 2] - 0.1, scaled[:, 1] - 0.2, scaled[:, 0] - 0.3], dim=1)
+    torch.testing.assert_close(out["pixel_values"], expected)
+    torch.testing.assert_close(out["teacher_pixel_values"], (scaled - 0.5) / 0.25)
+    same = SegmentationCollator(student, channels=[0, 1, 2])(data)
+    assert "teacher_pixel_values" not in same and same["pixel_values"].shape == (2, 3, 8, 8)
+
+
+def test_channels_that_do_not_fit_are_refused():
+    data = [{"image": torch.zeros(4, 8, 8, dtype=torch.uint8)}]
+    with pytest.raises(UserError, match="images of 4 channels meet an image processor for 3: choose channels"):
+        SegmentationCollator(PROCESSORS[0])(data)
+    with pytest.raises(UserError, match=r"teacher_channels \[0, 4\]: the tiles have the channels 0 to 3"):
+        SegmentationCollator(PROCESSORS[0], channels=[0, 1, 2], teacher_channels=[0, 4])(data)
+    with pytest.raises(UserError, match="reverses colours"):
+        SegmentationCollator(PROCESSORS[5])(data)
+    with pytest.raises(UserError, match="tiles of 3 and 4 channels in one batch"):
+        SegmentationCollator(PROCESSORS[0])(data + [{"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}])
+
+
+def test_photometric_jitter_leaves_channels_behind_the_third_alone():
+    image, label = blobs()
+    image = np.concatenate((image, image[..., :1] // 2), axis=-1)
+    transform = TrainTransform(64, (1, 1), **PLAIN | {"photometric": True})
+    torch.manual_seed(0)
+    out = transform({"image": [Image.fromarray(image, "RGBA")] * 20, "label": [Image.fromarray(label)] * 20})
+    before = torch.from_numpy(image).permute(2, 0, 1)
+    assert all(new.shape == (4, 64, 64) and (new[3] == before[3]).all() for new in out["image"])
+    assert 0 < sum((new[:3] != before[:3]).any().item() for new in out["image"]) < 20
