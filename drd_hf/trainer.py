@@ -38,6 +38,7 @@ from drd_hf.metrics import SegmentationMetrics
 from drd_hf.models import default_feature_layer
 
 PROJECTORS_NAME = "projectors.safetensors"
+NO_SHARDING = "DistillationTrainer runs on one device or with DDP; FSDP and DeepSpeed are not supported"
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -490,6 +491,8 @@ class DistillationTrainer(SegmentationTrainer):
                 "teacher_processor has no effect beside a data_collator: let that give teacher_pixel_values"
             )
         args = self._checked(args)
+        if args.fsdp or args.deepspeed:  # refused before Trainer sees it: without GPUs it would go on with plain DDP
+            raise UserError(NO_SHARDING)
         self.teacher_processor = teacher_processor
         losses = [losses] if isinstance(losses, DistillationLoss) else losses
         # Kept as they were given: a student made anew needs projectors made anew.
@@ -497,8 +500,8 @@ class DistillationTrainer(SegmentationTrainer):
         losses = _checked_losses(losses, args, model, teacher_model.eval())
         super().__init__(model, args, **kwargs)
         self.model_init = model_init
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError("DistillationTrainer runs on one device or with DDP; FSDP and DeepSpeed are not supported")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by accelerate's own configuration
+            raise UserError(NO_SHARDING)
         self.teacher_model = _placed_teacher(teacher_model, args.teacher_dtype, self.args.device)
         self._pair(losses)
 

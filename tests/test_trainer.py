@@ -477,3 +477,9 @@ def test_student_and_projector_stay_equal_on_two_ranks(tmp_path, student="mobile
 
 def test_config_is_json(tmp_path):
     assert json.loads(config(tmp_path).to_json_string())["relation"] == "cosine"
+
+
+def test_sharding_is_refused_and_not_silently_left_out(tmp_path):
+    # Without GPUs accelerate trained with plain DDP although FSDP was asked for.
+    with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
+        distiller(tmp_path, fsdp="full_shard")
