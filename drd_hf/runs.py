@@ -27,6 +27,7 @@ from drd_hf.data.splits import SegmentationSplits
 from drd_hf.data.transforms import EvalTransform, TrainTransform
 from drd_hf.errors import UserError
 from drd_hf.evaluation import EVALUATION_PROTOCOL, evaluate_model, finite_json, milliseconds_per_tile, same_labels
+from drd_hf.features import gives_class_scores
 from drd_hf.models import count_parameters
 from drd_hf.trainer import SegmentationTrainer
 
@@ -196,7 +197,7 @@ def finish_run(
     models = {"model": (model, trainer.processing_class), "teacher": teacher, "student_alone": student_alone}
     results = {}
     for name, pair in models.items():
-        if pair is None or (name == "teacher" and not same_labels(pair[0], splits.info.id2label)):
+        if pair is None or (name == "teacher" and not _scores(pair[0], splits.info.id2label)):
             continue
         results[name] = {
             split: evaluate_model(*pair, splits[split], args.per_device_eval_batch_size, device).compute()
@@ -354,3 +355,8 @@ def device_name(device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _scores(teacher, id2label: dict[int, str]) -> bool:
+    """Whether a teacher can be scored on a task: it has class scores, for the same classes."""
+    return gives_class_scores(teacher) and same_labels(teacher, id2label)

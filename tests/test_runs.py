@@ -3,7 +3,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from drd_hf.arguments import parse_arguments
 from drd_hf.errors import UserError
@@ -38,11 +40,19 @@ def arguments(folder, **options):
     return SegmentationConfig(output_dir=str(folder), use_cpu=True, **options)
 
 
+def write_checkpoint(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+
+
 def test_a_folder_is_checked_without_changing_it(tmp_path):
     # --overwrite deleted the old checkpoints before the other options were even looked at.
     run = tmp_path / "run"
-    (run / "checkpoint-3").mkdir(parents=True)
-    (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    write_checkpoint(run / "checkpoint-3")
     (run / "checkpoint-10").mkdir()  # killed while it was written
     assert check_output_dir(arguments(run), overwrite=True) is None
     assert (run / "checkpoint-3" / "trainer_state.json").is_file()
@@ -54,8 +64,7 @@ def test_a_folder_is_checked_without_changing_it(tmp_path):
 
 
 def test_resuming_from_elsewhere_does_not_overwrite_a_run(tmp_path):
-    (tmp_path / "a" / "checkpoint-5").mkdir(parents=True)
-    (tmp_path / "a" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    write_checkpoint(tmp_path / "a" / "checkpoint-5")
     (tmp_path / "a" / "checkpoint-best").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.json").write_text("{}")

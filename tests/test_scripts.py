@@ -155,7 +155,7 @@ def test_interrupted_training_resumes_from_its_checkpoint(project):
         (["train_teacher.py", "--model", "{p}/segformer1.json", "--dataset", "{p}/tiles", "--output_dir", "{p}/tiles", "--overwrite", "true"], "not a run"),
         (["distill.py", "--teacher", "{p}/teacher", "--student", "{p}/segformer1.json", "--dataset", "{p}/tiles", "--output_dir", "{p}/x", "--feature_layers", "nothing"], "nearest names"),
         (["distill.py", "--teacher", "{p}/teacher", "--student", "{p}/segformer1.json", "--dataset", "{p}/tiles", "--output_dir", "{p}/x", "--evaluate_on", "tset"], "no split 'tset'"),
-        (["distill.py", "--teacher", "{p}/teacher", "--student", "{p}/segformer1.json", "--dataset", "{p}/tiles", "--output_dir", "{p}/x", "--resume_from_checkpoint", "true"], "no checkpoint to resume"),
+        (["distill.py", "--teacher", "{p}/teacher", "--student", "{p}/segformer1.json", "--dataset", "{p}/tiles", "--output_dir", "{p}/student", "--resume_from_checkpoint", "true"], "no checkpoint to resume"),
         (["distill.py", "--teacher", "{p}/teacher", "--student", "{p}/segformer1.json", "--dataset", "{p}/tiles", "--output_dir", "{p}/x", "--student_alone", "{p}/none"], "none: no such model folder"),
         (["evaluate.py", "--model", "{p}/student", "--dataset", "{p}/tiles", "--output", "{p}/none/x.json"], "its folder does not exist"),
         (["evaluate.py", "--model", "{p}/student", "--dataset", "{p}/tiles", "--device", "gpu"], "device gpu"),
