@@ -15,10 +15,11 @@ share     multiplications that the method needs / (time * the machine's own rate
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,17 +101,18 @@ def inputs(size: int, batch: int, device: str, dtype: torch.dtype) -> dict:
     }
 
 
-def once(method: str, data: dict) -> float:
-    """Seconds of one forward and backward."""
-    data["student"].grad = data["projection"].grad = None
+def measure(method: str, data: dict, times: int = 1) -> float:
+    """Seconds of one forward and backward, the mean of so many one after the other."""
     synchronise(data["student"])
     start = time.perf_counter()
-    student, teacher = data["student"], data["teacher"]
-    loss = METHODS[method](student, teacher, projection=data["projection"], labels=data["labels"])
-    if loss is not None:
-        loss.backward()
+    for _ in range(times):
+        data["student"].grad = data["projection"].grad = None
+        student, teacher = data["student"], data["teacher"]
+        loss = METHODS[method](student, teacher, projection=data["projection"], labels=data["labels"])
+        if loss is not None:
+            loss.backward()
     synchronise(data["student"])
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / times
 
 
 def synchronise(tensor: torch.Tensor) -> None:
@@ -119,33 +121,42 @@ def synchronise(tensor: torch.Tensor) -> None:
 
 
 def timings(methods: list[str], size: int, batch: int, device: str, dtype: torch.dtype, budget: float) -> dict:
-    """{method: median seconds}; each gets about `budget` seconds, between 3 and 50 repetitions, in turns."""
+    """{method: median seconds}; each gets about `budget` seconds, between 3 and 50 turns of at least 10 ms."""
     data = inputs(size, batch, device, dtype)
-    first = {method: min(once(method, data), once(method, data)) for method in methods}
-    wanted = {method: max(3, min(50, round(budget / seconds))) for method, seconds in first.items()}
+    first = {method: min(measure(method, data), measure(method, data)) for method in methods}
+    times = {method: max(1, math.ceil(0.01 / seconds)) for method, seconds in first.items()}
+    turns = {method: max(3, min(50, round(budget / (times[method] * first[method])))) for method in methods}
     seconds: dict[str, list[float]] = {method: [] for method in methods}
-    for turn in range(max(wanted.values())):
+    for turn in range(max(turns.values())):
         for method in methods:
-            if turn < wanted[method]:
-                seconds[method].append(once(method, data))
+            if turn < turns[method]:
+                seconds[method].append(measure(method, data, times[method]))
     return {method: statistics.median(values) for method, values in seconds.items()}
 
 
 def peak_memory(method: str, size: int, batch: int, device: str, dtype: torch.dtype) -> int:
     """Bytes above the features (and gradients' own memory), to be called in a fresh process."""
     small = inputs(4, 1, device, dtype)
-    once(method, small)  # libraries are loaded and have their work space
+    measure(method, small)  # libraries are loaded and have their work space
     data = inputs(size, batch, device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        once(method, data)
+        measure(method, data)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
     before = _resident("VmRSS")
-    once(method, data)
+    measure(method, data)
     return _resident("VmHWM") - before
+
+
+def in_a_process(*of) -> int:
+    """`peak_memory` in a process that has done nothing else. A server that has loaded torch makes them quickly."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "benchmarks.peers", "drd_hf.relations"])
+    with context.Pool(1) as pool:
+        return pool.apply(peak_memory, of)
 
 
 def _resident(field: str) -> int:
@@ -173,15 +184,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=6.0, help="time spent on each method and size")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each method and size")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output", help="JSON file; default benchmarks/results/relations[_cuda].json")
-    parser.add_argument("--memory_of", nargs=2, metavar=("METHOD", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    if args.memory_of:
-        print(peak_memory(args.memory_of[0], int(args.memory_of[1]), args.batch, args.device, dtype))
-        return
 
     rate = product_rate(args.device, torch.float32)
     rows = []
@@ -202,7 +209,7 @@ def main() -> None:
                 "milliseconds": round(1e3 * spent, 4),
                 "times_plain": plain and round(plain / spent, 3),
                 "times_bare": products and round(spent / products, 3),
-                "peak_megabytes": round(_memory_in_a_process(method, size, args) / 1e6, 1),
+                "peak_megabytes": round(in_a_process(method, size, args.batch, args.device, dtype) / 1e6, 1),
                 "share_of_rate": count and round(args.batch * count / spent / rate, 3),
             }
             rows.append(row)
@@ -233,12 +240,6 @@ def main() -> None:
     path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
     print(f"written to {path}")
-
-
-def _memory_in_a_process(method: str, size: int, args) -> int:
-    command = [sys.executable, __file__, "--memory_of", method, str(size)]
-    command += ["--batch", str(args.batch), "--dtype", args.dtype, "--device", args.device]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 if __name__ == "__main__":

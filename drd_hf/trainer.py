@@ -115,10 +115,10 @@ class DistillationConfig(SegmentationConfig):
         },
     )
     resize_relations_to: int | None = field(
-        default=64,
+        default=56,
         metadata={
-            "help": "Longest side of the grid on which relations are compared: larger feature maps are shrunk to it, smaller "
-            "ones stay. 0: always the student's own grid; cost grows with the number of positions."
+            "help": "Side of the square grid with as many positions as relations are compared on at most: larger feature maps "
+            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions."
         },
     )
     distillation_warmup_ratio: float = field(

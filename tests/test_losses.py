@@ -57,6 +57,31 @@ def test_relations_can_be_compared_on_a_coarser_grid():
     torch.testing.assert_close(terms["spatial_relation"], spatial_relation_distance(pooled_student, pooled_teacher))
 
 
+@pytest.mark.parametrize(
+    ("limit", "size", "grid"),
+    [(6, (6, 6), (6, 6)), (6, (4, 9), (4, 9)), (6, (12, 12), (6, 6)), (6, (8, 18), (4, 9)), (None, (20, 9), (20, 9))],
+)
+def test_the_grid_is_bounded_in_positions_and_keeps_its_proportions(limit, size, grid):
+    student, teacher = torch.randn(1, 4, *size), torch.randn(1, 4, 5, 7)
+    seen = DualRelationLoss([("s", "t")], resize_relations_to=limit)._grid(student)
+    assert seen == grid
+    terms = DualRelationLoss([("s", "t")], resize_relations_to=limit)({"s": student}, {"t": teacher})
+    resize = torch.nn.functional.interpolate
+    student = resize(student, grid, mode="bilinear", antialias=True)
+    teacher = resize(teacher, grid, mode="bilinear", antialias=True)
+    torch.testing.assert_close(terms["spatial_relation"], spatial_relation_distance(student, teacher))
+    torch.testing.assert_close(terms["channel_relation"], channel_relation_distance(student, teacher))
+
+
+def test_pairs_enter_the_mean_with_their_weights():
+    student = {"a": features(4), "b": features(4, seed=2)}
+    teacher = {"x": features(4, seed=3), "y": features(4, seed=4)}
+    terms = DualRelationLoss([("a", "x", 3), ("b", "y")])(student, teacher)
+    first = channel_relation_distance(student["a"], teacher["x"])
+    second = channel_relation_distance(student["b"], teacher["y"])
+    torch.testing.assert_close(terms["channel_relation"], (3 * first + second) / 4)
+
+
 def test_losses_survive_deepcopy_and_pickle():
     loss = DualRelationLoss([("s", "t")], student_widths={"s": 4}, teacher_widths={"t": 8})
     expected = loss({"s": features(4)}, {"t": features(8)})["channel_relation"]
@@ -109,6 +134,8 @@ def test_logit_loss_resizes_the_teacher_and_refuses_other_classes():
     [
         (lambda: DualRelationLoss([]), "at least one"),
         (lambda: DualRelationLoss([("a", "b")], relation="l2"), "choose one of"),
+        (lambda: DualRelationLoss([("a", "b", -1)]), "a=b has weight -1.0"),
+        (lambda: DualRelationLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
         (lambda: PixelLogitLoss(temperature=0), "greater than 0"),
     ],
 )

@@ -1,5 +1,6 @@
 """Dual Relation Distillation."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ class DualRelationLoss(DistillationLoss):
         spatial_weight, channel_weight: weights of the two terms; a term of weight 0 is not computed.
         relation: ``"cosine"`` or ``"attention"``, see `drd_hf.relations`.
         temperature: T of the attention relation.
-        resize_relations_to: longest side of the grid on which relations are compared. Larger maps of the student are
-            shrunk to it in proportion (bilinear, antialiased), smaller ones stay; the teacher's follow the student's.
-            None compares on the student's own grid, whatever its size. Cost grows with the number of positions.
+        resize_relations_to: side of the square grid with as many positions as relations are compared on at most. A larger
+            map of the student is shrunk in proportion (bilinear, antialiased), a smaller one stays; the teacher's follows
+            the student's. None compares on the student's own grid, whatever its size. Cost grows with the positions.
         teacher_term: False leaves the constant of the teacher out of the spatial term where that saves work, see
             `spatial_relation_distance`: same gradients, but the logged value is no distance.
         student_widths, teacher_widths: {layer: channels}; the trainer finds them itself, give them to use the loss
@@ -49,7 +50,7 @@ class DualRelationLoss(DistillationLoss):
         channel_weight: float = 3.0,
         relation: str = "cosine",
         temperature: float = 1.0,
-        resize_relations_to: int | None = 64,
+        resize_relations_to: int | None = 56,
         teacher_term: bool = True,
         student_widths: dict[str, int] | None = None,
         teacher_widths: dict[str, int] | None = None,
@@ -118,6 +119,7 @@ class DualRelationLoss(DistillationLoss):
     def _grid(self, student: Tensor) -> tuple[int, int]:
         height, width = student.shape[-2:]
         limit = self.resize_relations_to
-        if limit is None or max(height, width) <= limit:
+        if limit is None or height * width <= limit**2:
             return height, width
-        return tuple(max(1, round(side * limit / max(height, width))) for side in (height, width))
+        scale = limit / math.sqrt(height * width)
+        return max(1, round(height * scale)), max(1, round(width * scale))

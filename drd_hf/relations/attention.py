@@ -5,8 +5,10 @@ import torch
 from drd_hf.relations.cosine import self_product
 from drd_hf.relations.precision import sum_dtype
 
-# Bytes of one block of rows; three are held at a time.
-_CPU_BYTES, _GPU_BYTES = 32 * 2**20, 256 * 2**20
+# Bytes of a block of rows of one map; two are held at a time. What is done entry by entry is done to a strip of it, which
+# stays in a CPU's cache.
+_CPU_BYTES, _GPU_BYTES = 64 * 2**20, 256 * 2**20
+_CPU_STRIP_BYTES = 2 * 2**20
 
 
 def attention_distance(
@@ -23,33 +25,50 @@ def attention_distance(
         does not grow with the batch beyond the gradient itself.
     """
     batch, c_s, n = student.shape
-    scale_s, scale_t = (1 / (c**0.5 * temperature) for c in (c_s, teacher.shape[1]))
-    block = max(1, min(n, (_CPU_BYTES if student.device.type == "cpu" else _GPU_BYTES) // (dtype.itemsize * n)))
-    buffers = [torch.empty(block, n, dtype=dtype, device=student.device) for _ in range(3)]
+    on_cpu = student.device.type == "cpu"
+    block = max(1, min(n, (_CPU_BYTES if on_cpu else _GPU_BYTES) // (dtype.itemsize * n)))
+    strip = max(1, min(block, _CPU_STRIP_BYTES // (dtype.itemsize * n))) if on_cpu else block
+    make = {"dtype": dtype, "device": student.device}
+    blocks = [torch.empty(block, n, **make) for _ in range(2)]
+    strips = [torch.empty(strip, n, **make) for _ in range(2)]
     total = torch.zeros((), dtype=sum_dtype(student.device), device=student.device)
-    grad = torch.zeros(batch, c_s, n, dtype=dtype, device=student.device) if need_grad else None
+    grad = torch.empty(batch, c_s, n, **make) if need_grad else None
+    # Logits are F^T F times this; its root goes to both factors, so that whole maps stay symmetric.
+    scales = [1 / (c**0.5 * temperature) for c in (c_s, teacher.shape[1])]
     for image in range(batch):
-        s, t = student[image].to(dtype), teacher[image].to(dtype)
+        s, t = (f[image].to(dtype) * scale**0.5 for f, scale in zip((student, teacher), scales, strict=True))
+        s_rows = s.mT.contiguous()  # (N, C_s)
+        image_grad = torch.zeros_like(s_rows) if need_grad else None
         for start in range(0, n, block):
             rows = slice(start, min(start + block, n))
-            work, p, q = (buffer[: rows.stop - start] for buffer in buffers)
-            torch.softmax(_products(s, rows, out=work).mul_(scale_s), dim=-1, out=p)
-            torch.softmax(_products(t, rows, out=work).mul_(scale_t), dim=-1, out=q)
-            difference = torch.sub(p, q, out=q)
-            if need_grad:  # d/dlogits of ||p - q||^2 is 2 p (d - sum(p d)) with d = p - q
-                slope = torch.mul(p, difference, out=work)
-                slope.addcmul_(p, slope.sum(dim=-1, keepdim=True), value=-1)
-                if block == n:
-                    torch.mm(s, torch.add(slope, slope.mT, out=p), out=grad[image])
-                else:
-                    grad[image].addmm_(s[:, rows], slope)
-                    grad[image][:, rows].addmm_(s, slope.mT)
-            total += difference.square_().sum(dim=-1).sum(dtype=total.dtype)
-    return total, grad.mul_(2 * scale_s) if need_grad else None
+            slope, logits = (buffer[: rows.stop - start] for buffer in blocks)
+            _products(s, rows, out=slope)
+            _products(t, rows, out=logits)
+            for slope_strip, logits_strip in zip(slope.split(strip), logits.split(strip), strict=True):
+                p, q = (buffer[: len(slope_strip)] for buffer in strips)
+                torch.softmax(slope_strip, dim=-1, out=p)
+                torch.softmax(logits_strip, dim=-1, out=q)
+                difference = torch.sub(p, q, out=q)
+                if need_grad:  # d/dlogits of ||p - q||^2 is 2 p (d - sum(p d)) with d = p - q
+                    torch.mul(p, difference, out=slope_strip)
+                    slope_strip.addcmul_(p, slope_strip.sum(dim=-1, keepdim=True), value=-1)
+                total += difference.square_().sum(dim=-1).sum(dtype=total.dtype)
+            if need_grad and slope.nbytes <= _CPU_STRIP_BYTES and block == n:  # one product, of what is still in cache
+                torch.mm(torch.add(slope, slope.mT, out=logits), s_rows, out=image_grad)
+            elif need_grad:
+                image_grad[rows].addmm_(slope, s_rows)
+                image_grad.addmm_(slope.mT, s_rows[rows])
+        if need_grad:
+            torch.mul(image_grad.mT, 2 * scales[0] ** 0.5, out=grad[image])
+    return total, grad
 
 
 def _products(features: torch.Tensor, rows: slice, out: torch.Tensor) -> torch.Tensor:
-    """Rows of F^T F for F (C, N)."""
-    if out.shape[0] == out.shape[1]:
-        return self_product(features.mT[None], out=out[None])[0]
-    return torch.mm(features[:, rows].mT, features, out=out)
+    """Rows of F^T F for F (C, N); on a CPU the square on the diagonal without its lower triangle."""
+    if features.device.type != "cpu":
+        return torch.mm(features[:, rows].mT, features, out=out)
+    some = features[:, rows].mT
+    self_product(some[None], out=out[:, rows][None])
+    for others in (slice(0, rows.start), slice(rows.stop, features.shape[1])):
+        torch.mm(some, features[:, others], out=out[:, others])
+    return out

@@ -114,16 +114,31 @@ class _Columns:
 
     def products(self, need_teacher: bool):
         """Sums over all columns of first first^T, first second^T and second second^T."""
-        a = p = b = 0
+        exact = sum_dtype(self.first.device)
+        narrow = min(self.k_s, self.k_t) <= _NARROW
+        dtypes = [exact if narrow else self.first.dtype] * 2 + [exact if self.k_t <= _NARROW else self.first.dtype]
+        sides = [(self.k_s, self.k_s), (self.k_s, self.k_t), (self.k_t, self.k_t)][: 3 if need_teacher else 2]
+        make = {"device": self.first.device}
+        sums = [torch.zeros(self.images, *side, dtype=d, **make) for side, d in zip(sides, dtypes, strict=False)]
+        totals, added = None, 0
         for piece in self.pieces:
             first, second = self.fill(piece, measure=True)
-            narrow = min(self.k_s, self.k_t) <= _NARROW
-            wide = sum_dtype(first.device) if narrow or len(self.pieces) > 1 else first.dtype
-            x, y = (first.to(wide), second.to(wide)) if narrow else (first, second)
-            a, p = self_product(x).to(wide) + a, (x @ y.mT).to(wide) + p
+            x, y = (first.to(exact), second.to(exact)) if narrow else (first, second)
+            _add_self_product(x, sums[0])
+            torch.baddbmm(sums[1], x, y.mT, out=sums[1])
             if need_teacher:
-                b = self_product(y if self.k_t <= _NARROW else second).to(wide) + b
-        return a, p, b
+                _add_self_product(y if self.k_t <= _NARROW else second, sums[2])
+            added += piece.stop - piece.start
+            if added >= _MAX_COLUMNS and piece.stop < self.items:
+                totals = totals or [torch.zeros_like(s, dtype=exact) for s in sums]
+                for total, part in zip(totals, sums, strict=True):
+                    total.add_(part)
+                    part.zero_()
+                added = 0
+        sums = sums if totals is None else [t.add_(s) for t, s in zip(totals, sums, strict=True)]
+        for product in sums[::2]:
+            _mirror(product)
+        return *sums, *[None] * (3 - len(sums))
 
     def gradient(self, left: torch.Tensor, right: torch.Tensor, factor: float, out: torch.Tensor) -> None:
         """factor * (left first + right second), carried back through the normalisation of the student's columns."""
@@ -148,7 +163,7 @@ def direct_distance(
     temperature: float,
     need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum over the batch of the squared differences of two relation maps, given the Gram matrices (B, M, M) of the items.
+    """Sum over the batch of the squared differences of two relation maps, given the Gram matrices (B, M, M) of the items, which are overwritten.
 
     Cosines come from a Gram matrix R and its diagonal, so that no normalised copy of the features is made.
 
@@ -158,7 +173,7 @@ def direct_distance(
     cosines, scale = _cosines(student_gram, dtype)
     teacher_map, _ = _cosines(teacher_gram, dtype)
     if relation == "cosine":
-        difference = cosines - teacher_map
+        difference = teacher_map.neg_().add_(cosines)
     else:
         student_map = torch.softmax(cosines / temperature, dim=-1)
         difference = torch.softmax(teacher_map.div_(temperature), dim=-1).neg_().add_(student_map)
@@ -219,16 +234,17 @@ def direct_channel_distance(
     for group in _groups(student, items=teacher.shape[1]):
         gram = rows_gram = _gram_of_rows(student[group], wide)
         if weight is not None:
-            rows_gram = weight.to(wide) @ gram @ weight.to(wide).mT
+            rows_gram = _folded(weight.to(wide), gram)
             gram = gram.to(dtype)
         teacher_gram = _gram_of_rows(teacher[group], dtype)
         part, slope = direct_distance(rows_gram, teacher_gram, dtype, relation, temperature, need_grad)
         total = part + total
         if not need_grad:
             continue
-        slope.mul_(2)
-        if weight is not None:
-            half = slope @ weight
+        if weight is None:
+            slope.mul_(2)
+        else:
+            half = (slope @ weight).mul_(2)
             weight_grad += (half @ gram).sum(0)
             slope = weight.mT @ half
         torch.matmul(slope, student[group].to(dtype), out=grad[group])
@@ -269,22 +285,61 @@ def _gram_of_rows(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, K, N) -> (B, K, K); features of another dtype are converted a piece at a time."""
     if features.dtype == dtype:
         return self_product(features)
-    columns, _ = _pieces(features, features.shape[1], features.shape[2])
-    return sum(self_product(piece.to(dtype)) for piece in features.split(columns, dim=2))
+    columns, _ = _pieces(features, 4 * features.shape[1], features.shape[2])
+    out = features.new_zeros(features.shape[0], features.shape[1], features.shape[1], dtype=dtype)
+    for piece in features.split(columns, dim=2):
+        _add_self_product(piece.to(dtype), out)
+    return _mirror(out)
+
+
+def _folded(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """W G W^T for W (C_t, C_s) and G (B, C_s, C_s)."""
+    half = weight @ gram
+    if not _in_triangles(half):
+        return half @ weight.mT
+    out = half.new_empty(len(half), len(weight), len(weight))
+    for image, result in zip(half, out, strict=True):
+        for block in _blocks(half):
+            torch.mm(image[block], weight[block.start :].mT, out=result[block, block.start :])
+    return _mirror(out)
 
 
 def self_product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """rows @ rows^T for (B, M, K); on a CPU without computing the lower triangle."""
-    batch, m, _ = rows.shape
-    if rows.device.type != "cpu" or m < 2 * _TRIANGLE_BLOCK:
+    if not _in_triangles(rows):
         return torch.bmm(rows, rows.mT, out=out)
-    out = rows.new_empty(batch, m, m) if out is None else out
+    out = rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1]) if out is None else out
     for image, result in zip(rows, out, strict=True):
-        for start in range(0, m, _TRIANGLE_BLOCK):
-            block = slice(start, start + _TRIANGLE_BLOCK)
-            torch.mm(image[block], image[start:].mT, out=result[block, start:])
-            result[block, :start] = result[:start, block].mT
-    return out
+        for block in _blocks(rows):
+            torch.mm(image[block], image[block.start :].mT, out=result[block, block.start :])
+    return _mirror(out)
+
+
+def _add_self_product(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """out += rows @ rows^T, to be mirrored in the end."""
+    if not _in_triangles(rows):
+        torch.baddbmm(out, rows, rows.mT, out=out)
+        return
+    for image, result in zip(rows, out, strict=True):
+        for block in _blocks(rows):
+            upper = result[block, block.start :]
+            torch.addmm(upper, image[block], image[block.start :].mT, out=upper)
+
+
+def _mirror(product: torch.Tensor) -> torch.Tensor:
+    """Copies the upper triangle of blocks to the lower one, where only the upper was computed."""
+    if _in_triangles(product):
+        for block in _blocks(product):
+            product[:, block, : block.start] = product[:, : block.start, block].mT
+    return product
+
+
+def _in_triangles(rows: torch.Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.shape[1] >= 2 * _TRIANGLE_BLOCK
+
+
+def _blocks(rows: torch.Tensor) -> list[slice]:
+    return [slice(start, start + _TRIANGLE_BLOCK) for start in range(0, rows.shape[1], _TRIANGLE_BLOCK)]
 
 
 def _unit_columns(x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, measure: bool) -> None:
@@ -296,9 +351,12 @@ def _unit_columns(x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, measu
 
 
 def _cosines(gram: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines (B, M, M) and inverse lengths (B, M) of the items of a Gram matrix."""
+    """Cosines (B, M, M) and inverse lengths (B, M) of the items of a Gram matrix, which is overwritten."""
     scale = inverse_length(gram.diagonal(dim1=-2, dim2=-1))
-    return (gram * scale[:, :, None]).mul_(scale[:, None, :]).to(dtype), scale.to(dtype)
+    gram.mul_(scale[:, :, None])
+    if gram.dtype == dtype:
+        return gram.mul_(scale[:, None, :]), scale
+    return torch.mul(gram, scale[:, None, :], out=torch.empty_like(gram, dtype=dtype)), scale.to(dtype)
 
 
 def _pieces(features: torch.Tensor, width: int, items: int) -> tuple[int, int]:
