@@ -9,8 +9,9 @@ benchmarks/results/relations.json (relations_cuda.json on a GPU). Columns:
 time      median of the repetitions; the methods of one size take turns, so that a drift of the machine hits all alike
 x plain   time of the plain definition divided by this time
 x bare    this time divided by the time of the matrix products that the identity needs, and nothing else
-memory    peak above the features, in a process of its own (CPU: resident memory; GPU: allocated memory)
-share     multiplications that the method needs / (time * the machine's own rate in a large matrix product)
+memory    peak above the features, the gradient included, in a process of its own (CPU: resident memory; GPU: allocated)
+share     multiplications in the method's formula / (time * the machine's own rate in a large matrix product); above 1 where
+          symmetric products are computed above the diagonal only
 """
 
 import argparse
@@ -45,7 +46,7 @@ def bare(student, teacher, with_teacher_term: bool) -> None:
 
 
 def multiplications(method: str, n: int) -> int | None:
-    """Of the matrix products, forward and backward, as each method computes them."""
+    """Of the matrix products, forward and backward, in the formula that each method uses."""
     k, m = C_S, C_T
     direct = n * n * (2 * k + m)
     return {
@@ -135,7 +136,7 @@ def timings(methods: list[str], size: int, batch: int, device: str, dtype: torch
 
 
 def peak_memory(method: str, size: int, batch: int, device: str, dtype: torch.dtype) -> int:
-    """Bytes above the features (and gradients' own memory), to be called in a fresh process."""
+    """Bytes above the features, to be called in a fresh process."""
     small = inputs(4, 1, device, dtype)
     measure(method, small)  # libraries are loaded and have their work space
     data = inputs(size, batch, device, dtype)

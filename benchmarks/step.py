@@ -5,7 +5,8 @@
 A SegFormer of B2's size teaches one of B0's size, both from random values, on 512 x 512 pixels. Teacher and student run
 once in each round, every loss is run on the features or class scores of that round, forward and backward down to them, so
 that a drift of the machine hits all alike; medians over the rounds. Then `DistillationTrainer` trains the same pair for as
-many steps. Prints a table and writes benchmarks/results/step.json (step_cuda.json on a GPU).
+many steps, timed from the start of a step to its end without the loading of tiles; this comes after the rounds, so that
+differences of a few percent to the sum of the parts are drift. Prints a table and writes benchmarks/results/step.json (step_cuda.json on a GPU).
 """
 
 import argparse

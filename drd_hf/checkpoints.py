@@ -133,6 +133,17 @@ def remove_leftovers(run_dir: str | Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def remove_newer(run_dir: str | Path, checkpoint: str | Path) -> None:
+    """Delete the checkpoints of a run that come after the one it goes on from; each is named in a line."""
+    checkpoint = Path(checkpoint)
+    if checkpoint.resolve().parent != Path(run_dir).resolve() or not _step(checkpoint).isdecimal():
+        return
+    for folder in checkpoint_folders(run_dir):
+        if int(_step(folder)) > int(_step(checkpoint)):
+            logger.warning(f"{folder} is removed: training goes on from {checkpoint.name} before it")
+            remove(folder)
+
+
 def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path]) -> None:
     """Delete the checkpoints of the lowest steps until `limit` are left; those in `keep` stay."""
     if limit is None or limit <= 0:

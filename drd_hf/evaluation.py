@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,13 +12,19 @@ from transformers import PreTrainedModel
 
 from drd_hf.data.transforms import EvalTransform, SegmentationCollator
 from drd_hf.errors import UserError
+from drd_hf.features import input_channels
 from drd_hf.metrics import SegmentationMetrics
 
 EVALUATION_PROTOCOL = "tiles, each pixel once"
 
 
 def evaluate_model(
-    model: PreTrainedModel, processor, dataset, batch_size: int = 8, device: str | torch.device | None = None
+    model: PreTrainedModel,
+    processor,
+    dataset,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    channels: Sequence[int] | None = None,
 ) -> SegmentationMetrics:
     """Predict every tile of a split and count the pixels.
 
@@ -31,6 +37,7 @@ def evaluate_model(
         dataset: one split from `load_splits`.
         batch_size: tiles per forward pass.
         device: default CUDA if there is one, else CPU.
+        channels: channels of the tiles that the model reads, in its order. None: all.
 
     Returns:
         The metrics object, for `.compute()` and `.matrix`.
@@ -44,7 +51,7 @@ def evaluate_model(
     loader = DataLoader(
         dataset.with_transform(EvalTransform(dataset)),
         batch_size=batch_size,
-        collate_fn=SegmentationCollator(processor, num_labels=model.config.num_labels),
+        collate_fn=SegmentationCollator(processor, num_labels=model.config.num_labels, channels=channels),
     )
     with torch.inference_mode():
         for batch in tqdm(loader, desc="evaluate", unit="batch"):
@@ -82,18 +89,18 @@ def milliseconds_per_tile(
     The models take turns within every round, so that a change of the machine's speed meets all of them alike.
 
     Args:
-        models: semantic segmentation models that read three channels.
+        models: semantic segmentation models.
         tile_size: side of the tile in pixels.
         device: default CUDA if there is one, else CPU.
         rounds: timed passes of each model, after two that are not counted.
     """
     device = _device(device)
     models = [model.to(device).eval() for model in models]
-    tile = torch.zeros(1, 3, tile_size, tile_size, device=device)
+    tiles = [torch.zeros(1, input_channels(model), tile_size, tile_size, device=device) for model in models]
     times = [[] for _ in models]
     with torch.inference_mode():
         for turn in range(rounds + 2):
-            for model, of_model in zip(models, times, strict=True):
+            for model, tile, of_model in zip(models, tiles, times, strict=True):
                 start = time.perf_counter()
                 model(pixel_values=tile)
                 if device.type == "cuda":

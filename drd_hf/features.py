@@ -1,6 +1,7 @@
 """Feature maps of named layers, taken by forward hooks."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class FeatureHooks:
             (B, N, C), which become the map of the grid that covers the image; class and register tokens are dropped.
 
     Raises:
-        UserError: a layer that the model does not have (the nearest names are listed).
+        UserError: a layer that the model does not have (the nearest names are listed), or whose tokens are in no order of
+            places (inner layers of Hiera).
 
     Example:
         >>> with FeatureHooks(model, ["decode_head.linear_fuse"]) as hooks:  # doctest: +SKIP
@@ -47,6 +49,7 @@ class FeatureHooks:
                 raise UserError(
                     f"{type(model).__name__} has no layer {layer!r}; nearest names: {nearest(layer, filter(None, modules))}"
                 )
+        _refuse_unordered(model, self.layers)
         self._tokens = _TokenLayout.of(model)
         self._outputs: dict[str, list] = {}
         self._image_shape: tuple[int, ...] | None = None
@@ -173,6 +176,23 @@ def layers_in_order(model: nn.Module) -> tuple[list[RunLayer], object]:
     return order, output
 
 
+def _refuse_unordered(model: nn.Module, layers: list[str]) -> None:
+    # Hiera keeps the tokens of its inner stages in an order of its own, and their number fits the grid all the same.
+    if _setting(model, "model_type") != "hiera":
+        return
+    for layer in layers:
+        stage = re.search(r"(?:^|\.)stages\.(\d+)\.", f"{layer}.")
+        if stage and int(stage[1]) < len(_setting(model, "depths")) - 1:
+            raise UserError(
+                f"layer {layer!r} of Hiera has its tokens in no order of places, choose 'encoder' or its last stage"
+            )
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that a model reads."""
+    return _setting(model, "num_channels") or 3
+
+
 def gives_class_scores(model: nn.Module) -> bool:
     """Whether a model gives logits (B, classes, h, w) for images, as semantic segmenters do and others do not."""
     logits = getattr(_run_on_blank(_uncompiled(model), _pair(_setting(model, "image_size") or 64)), "logits", None)
@@ -277,7 +297,7 @@ def _image_shape(args: tuple, kwargs: Mapping) -> tuple[int, ...] | None:
 def _run_on_blank(model: nn.Module, size: tuple[int, int]):
     """Output of a model in eval mode for one black image of a (height, width)."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-    image = torch.zeros(1, _setting(model, "num_channels") or 3, *size, device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, input_channels(model), *size, device=parameter.device, dtype=parameter.dtype)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

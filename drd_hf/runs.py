@@ -108,6 +108,8 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
             resume from is not complete, or none of several is.
     """
     output_dir, main_process = Path(args.output_dir), args.process_index == 0
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} is a file: give another --output_dir")
     resume = str(args.resume_from_checkpoint or "")
     interrupted_early = False
     if resume.lower() == "true":
@@ -141,6 +143,8 @@ def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
 
     Ctrl-C ends the script with status 130 and a line that says how to go on.
     """
+    if resume is not None:
+        trainer.require_same_settings(resume)
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
         (output_dir / RUN_NAME).unlink(missing_ok=True)
@@ -195,12 +199,15 @@ def finish_run(
     _save_model(trainer)
     model, tile_size = trainer.model, splits.info.tile_size
     models = {"model": (model, trainer.processing_class), "teacher": teacher, "student_alone": student_alone}
+    channels = args.student_channels, getattr(args, "teacher_channels", None) or args.student_channels
     results = {}
     for name, pair in models.items():
         if pair is None or (name == "teacher" and not _scores(pair[0], splits.info.id2label)):
             continue
         results[name] = {
-            split: evaluate_model(*pair, splits[split], args.per_device_eval_batch_size, device).compute()
+            split: evaluate_model(
+                *pair, splits[split], args.per_device_eval_batch_size, device, channels[name == "teacher"]
+            ).compute()
             for split in data.evaluate_on
         }
     (milliseconds,) = milliseconds_per_tile([model], tile_size, device)

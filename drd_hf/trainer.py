@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import json
+import logging
 import math
 import os
 import shutil
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, number_of_arguments
 from transformers.training_args import ParallelMode
@@ -26,6 +28,7 @@ from drd_hf.checkpoints import (
     checkpoint_to_resume,
     publish,
     remove_leftovers,
+    remove_newer,
     rotate,
     staging_folder,
 )
@@ -37,7 +40,10 @@ from drd_hf.losses import DistillationLoss, DualRelationLoss, PixelLogitLoss
 from drd_hf.metrics import SegmentationMetrics
 from drd_hf.models import default_feature_layer
 
+logger = logging.getLogger(__name__)
+
 PROJECTORS_NAME = "projectors.safetensors"
+SETTINGS_NAME = "run_settings.json"
 NO_SHARDING = "DistillationTrainer runs on one device or with DDP; FSDP and DeepSpeed are not supported"
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -67,11 +73,23 @@ class SegmentationConfig(TrainingArguments):
         default=None, metadata={"help": "Channels of the tiles that the trained model reads, in order. Default: all."}
     )
 
+    # What a resumed run must share with the one that was interrupted, for its weights to be those of one run.
+    kept_on_resume = (
+        *("seed", "data_seed", "learning_rate", "weight_decay", "optim", "lr_scheduler_type"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "student_channels"),
+    )
+
     def __post_init__(self):
-        if self.accelerator_config is None and self.dataloader_pin_memory:
+        if self.accelerator_config is None:
+            # Every rank makes its own batches: those of a stream would travel between ranks as tensors, names do not.
             # The next batch is copied while the last step still runs, which a blocking copy waits for.
-            self.accelerator_config = {"non_blocking": True}
+            self.accelerator_config = {"dispatch_batches": False, "non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 2^32 - 1")
+        if "length" in str(getattr(self, "train_sampling_strategy", "")) or getattr(self, "group_by_length", False):
+            raise UserError("tiles have no lengths to group them by: leave train_sampling_strategy as it is")
         if self.logging_nan_inf_filter:
             raise UserError("logging_nan_inf_filter=True would hide a loss that is not finite: leave it off")
         if self.fp16 and self.device.type == "cpu":
@@ -139,11 +157,18 @@ class DistillationConfig(SegmentationConfig):
         metadata={"help": "Channels of the tiles that the teacher reads, in order. Default: those of the student."},
     )
 
+    kept_on_resume = (
+        *SegmentationConfig.kept_on_resume,
+        *("spatial_relation_weight", "channel_relation_weight", "logit_weight", "relation", "temperature"),
+        *("logit_temperature", "feature_layers", "resize_relations_to", "distillation_warmup_ratio"),
+        *("distillation_stop_ratio", "teacher_dtype", "teacher_channels"),
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("spatial_relation_weight", "channel_relation_weight", "logit_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be a number, 0 or above")
         if self.resize_relations_to is not None and self.resize_relations_to < 0:
             raise UserError(f"resize_relations_to={self.resize_relations_to} must not be negative")
         if not 0 <= self.distillation_warmup_ratio <= 1:
@@ -236,6 +261,7 @@ class SegmentationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"]
         self.model_init = model_init
+        self.add_callback(_SeedOfTheRank())
         self._record = LossRecord()
 
     def _checked(self, args):
@@ -286,12 +312,17 @@ class SegmentationTrainer(Trainer):
         elif resume_from_checkpoint and (problem := checkpoint_problem(resume_from_checkpoint)):
             raise UserError(f"{resume_from_checkpoint} is not a complete checkpoint: {problem}")
         resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint:
+            self.require_same_settings(resume_from_checkpoint)
+            if not quiet:  # else they, of the run that is left here, would count as the newest later on
+                remove_newer(run_dir, resume_from_checkpoint)
+            self.accelerator.wait_for_everyone()
         self._record = LossRecord()
         if resume_from_checkpoint and (done := self._finished_training(resume_from_checkpoint)):
             return done
-        if self.args.world_size > 1:  # else all ranks would draw the same dropout
-            torch.manual_seed(self.args.seed + self.args.process_index)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._require_finite("they are not to be used")
+        return result
 
     def _finished_training(self, checkpoint: str) -> TrainOutput | None:
         # From the checkpoint of a last step that lies amid an epoch, Trainer would go on for one step more.
@@ -300,13 +331,42 @@ class SegmentationTrainer(Trainer):
             steps_per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
             max_steps = math.ceil(self.args.num_train_epochs * max(steps_per_epoch, 1))
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step < max_steps:
+        if state.global_step < max_steps and not _stopped_early(state):
             return None
         self.state = state
+        self._find_best_checkpoint()
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(state.global_step, math.nan, {})  # the mean loss is not in a checkpoint
+
+    def _find_best_checkpoint(self) -> None:
+        """The folder of a run may have been moved, or is called from elsewhere: its checkpoints keep their names."""
+        best = self.state.best_model_checkpoint
+        if best is not None and not Path(best).is_dir():
+            here = Path(self.args.output_dir) / Path(best).name
+            self.state.best_model_checkpoint = str(here) if here.is_dir() else None
+            if not here.is_dir():
+                logger.warning(f"the best checkpoint {best} is gone: the best one is looked for anew")
+                self.state.best_metric = None
+
+    def require_same_settings(self, checkpoint: str | Path) -> None:
+        """Refuse to go on from a checkpoint with other options than it was trained with: `args.kept_on_resume`."""
+        file = Path(checkpoint) / SETTINGS_NAME
+        if not file.is_file():
+            return
+        before, now = json.loads(file.read_text()), self._settings()
+        for name in self.args.kept_on_resume:
+            if name in before and before[name] != now[name]:
+                raise UserError(
+                    f"{checkpoint} was trained with {name}={before[name]} and this run has {now[name]}: resume with the same "
+                    "options, or start a new run from this checkpoint as its student"
+                )
+
+    def _settings(self) -> dict:
+        return json.loads(
+            json.dumps({name: getattr(self.args, name) for name in self.args.kept_on_resume}, default=str)
+        )
 
     # Random crops and flips depend on the seed, the epoch and the place in it: see drd_hf.checkpoints. Datasets without
     # a length have no sampler and stay with the global random state.
@@ -351,6 +411,7 @@ class SegmentationTrainer(Trainer):
             self.state.best_model_checkpoint = str(place)
         self.accelerator.wait_for_everyone()  # every rank has written its random state
         if self.args.should_save:
+            (staging / name / SETTINGS_NAME).write_text(json.dumps(self._settings(), indent=1) + "\n")
             if is_best:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             publish(staging / name, place)
@@ -390,14 +451,14 @@ class SegmentationTrainer(Trainer):
         self._record.read()
         super().log(logs, *args, **kwargs)
 
-    def _require_finite(self) -> None:
-        """Before a checkpoint is saved, so that it is not the bad one that is resumed from."""
+    def _require_finite(self, consequence: str = "no checkpoint of them is saved") -> None:
+        """Before a checkpoint is saved, so that it is not the bad one that is resumed from, and after the last step."""
         self._record.read()
         # A finite loss can have infinite gradients; the next loss would tell, after the checkpoint.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not torch.stack([p.detach().isfinite().all() for p in parameters]).all():
             raise UserError(
-                f"the weights are not finite after step {self.state.global_step}, no checkpoint of them is saved: "
+                f"the weights are not finite after step {self.state.global_step}, {consequence}: "
                 "give a lower learning_rate, and resume from the checkpoint before"
             )
 
@@ -431,6 +492,7 @@ class SegmentationTrainer(Trainer):
     def _load_callback_state(self):
         # Early stopping goes on counting. Trainer does so on request only, and then with the patience of the old command.
         super()._load_callback_state()
+        self._find_best_checkpoint()
         left = {
             name: list(states) if isinstance(states, list) else [states]
             for name, states in self.state.stateful_callbacks.items()
@@ -547,9 +609,16 @@ class DistillationTrainer(SegmentationTrainer):
         self._pair_again()
         student, self.model = self.model, self._step
         try:
-            return super().create_optimizer()
+            optimizer = super().create_optimizer()
         finally:
             self.model = student
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not all(id(p) in known for p in self._step.losses.parameters() if p.requires_grad):
+            raise UserError(
+                "the optimizer that was given does not train the projectors: add them to it (trainer.losses), or pass "
+                "optimizer_cls_and_kwargs instead"
+            )
+        return optimizer
 
     def _wrap_model(self, model, training=True, dataloader=None):
         if not training:
@@ -585,7 +654,10 @@ class DistillationTrainer(SegmentationTrainer):
     def _teach(self, inputs) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """The teacher's feature maps and class scores, None where it has no scores."""
         pixel_values = inputs.get("teacher_pixel_values", inputs["pixel_values"])
-        outputs = self.teacher_model(pixel_values=pixel_values.to(*_place_and_dtype(self.teacher_model)))
+        place, dtype = _place_and_dtype(self.teacher_model)
+        # A teacher in half precision needs no autocast, and one in float16 does not run under that of bfloat16.
+        with torch.autocast(place.type, enabled=False) if dtype != torch.float32 else contextlib.nullcontext():
+            outputs = self.teacher_model(pixel_values=pixel_values.to(place, dtype))
         device, logits = self.args.device, getattr(outputs, "logits", None)
         try:
             features = {layer: feature.to(device) for layer, feature in self._teacher_hooks.pop().items()}
@@ -624,7 +696,9 @@ class DistillationTrainer(SegmentationTrainer):
         path, wanted = Path(resume_from_checkpoint) / PROJECTORS_NAME, self._step.losses.state_dict()
         if not path.is_file():
             if wanted:
-                raise UserError(f"{path} is missing, the checkpoint cannot be resumed: choose another checkpoint")
+                raise UserError(
+                    f"{path} is missing, the checkpoint cannot be resumed: resume with the same options, or choose another one"
+                )
             return
         try:
             self._step.losses.load_state_dict(load_file(path))
@@ -656,6 +730,23 @@ class _DistillationStep(nn.Module):
         for loss in self.losses:
             terms.update(loss(student_features, teacher_features, outputs.logits, teacher_logits, labels))
         return terms
+
+
+class _SeedOfTheRank(TrainerCallback):
+    """Ranks draw different dropout. Trainer seeds them alike where it makes the model; a checkpoint's state comes later."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.manual_seed(args.seed + args.process_index)
+
+
+def _stopped_early(state: TrainerState) -> bool:
+    saved_states = state.stateful_callbacks.get("EarlyStoppingCallback", [])
+    for saved in saved_states if isinstance(saved_states, list) else [saved_states]:
+        counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if counter >= saved.get("args", {}).get("early_stopping_patience", math.inf):
+            return True
+    return False
 
 
 class LossRecord:
@@ -698,7 +789,11 @@ class LossRecord:
         values = iter(torch.cat([batch[0] for batch in batches]).tolist())
         for _, names, weights, share, step, sources in batches:
             terms = {name: next(values) for name in names}
-            broken = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+            broken = [
+                f"{name} is {value}"
+                for name, value in terms.items()
+                if not math.isfinite(value * weights.get(name, 1))
+            ]
             if broken:
                 tiles = f"tiles {', '.join(sources)}" if sources else "tiles without a source"
                 raise UserError(

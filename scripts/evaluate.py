@@ -19,6 +19,9 @@ class EvaluationArguments:
     model: str = field(default="", metadata={"help": "Hub id or folder of a trained segmentation checkpoint."})
     dataset: str = field(default="", metadata={"help": "Prepared dataset: folder of prepare_dataset.py or Hub id."})
     split: str = field(default="test", metadata={"help": "Split to score."})
+    channels: list[int] | None = field(
+        default=None, metadata={"help": "Channels of the tiles that the model reads, in its order. Default: all."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Tiles per forward pass."})
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, ...; default: a GPU if there is one."}
@@ -38,7 +41,9 @@ def main() -> None:
         raise UserError(f"{args.dataset} has no split {args.split!r}, only {', '.join(splits)}")
     model = load_teacher(args.model)
     check_labels(model, splits.info.id2label, args.model)
-    metrics = evaluate_model(model, load_image_processor(args.model), splits[args.split], args.batch_size, args.device)
+    metrics = evaluate_model(
+        model, load_image_processor(args.model), splits[args.split], args.batch_size, args.device, args.channels
+    )
     scores = metrics.compute()
 
     print(f"{splits.info.name} {args.split}, {EVALUATION_PROTOCOL}, {splits.info.tile_size} px")

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     EarlyStoppingCallback,
     SegformerImageProcessor,
+    TrainerCallback,
 )
 
 from drd_hf.checkpoints import (
@@ -229,6 +230,54 @@ def test_early_stopping_goes_on_counting(tmp_path):
     resumed = early_stopper(tmp_path / "other")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert resumed.state.global_step == 5
+
+
+def test_a_training_that_stopped_early_is_finished(tmp_path):
+    # Resumed from its last checkpoint it trained on, since only the number of steps was asked.
+    early_stopper(tmp_path / "run").train()
+    resumed = early_stopper(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")][-1] == "checkpoint-5"
+
+
+def test_a_run_with_a_best_checkpoint_resumes_after_its_folder_was_moved(tmp_path):
+    early_stopper(tmp_path / "run").train()
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    resumed = early_stopper(tmp_path / "moved")
+    resumed.train(resume_from_checkpoint=True)
+    assert Path(resumed.state.best_model_checkpoint) == tmp_path / "moved" / "checkpoint-2"
+    saved = load_file(tmp_path / "moved" / "checkpoint-2" / "model.safetensors")
+    fresh = type(resumed.model).from_pretrained(tmp_path / "moved" / "checkpoint-2").state_dict()
+    assert saved and all(torch.equal(value, fresh[name]) for name, value in resumed.model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"spatial_relation_weight": 7.0}, {"optim": "sgd"}])
+def test_resuming_with_other_options_is_refused(tmp_path, change):
+    # Nothing was trained, or trained half so and half so, and the card named the new options for all of it.
+    distiller(tmp_path, max_steps=2).train()
+    with pytest.raises(UserError, match=f"trained with {next(iter(change))}="):
+        distiller(tmp_path, max_steps=4, **change).train(resume_from_checkpoint=True)
+    distiller(tmp_path, max_steps=4).train(resume_from_checkpoint=True)  # more steps of the same are no other options
+
+
+def test_checkpoints_after_the_one_that_is_resumed_do_not_count_as_newest(tmp_path, caplog):
+    distiller(tmp_path, max_steps=4).train()
+    with caplog.at_level(logging.WARNING):
+        distiller(tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert sum("is removed: training goes on from checkpoint-2" in message for message in caplog.messages) == 2
+
+
+def test_weights_that_the_last_step_made_not_finite_are_not_a_result(tmp_path):
+    class Spoil(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+
+    trainer = distiller(tmp_path, max_steps=1, save_strategy="no", max_grad_norm=0.0)
+    trainer.add_callback(Spoil())
+    with pytest.raises(UserError, match="weights are not finite after step 1, they are not to be used"):
+        trainer.train()
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,19 @@ def test_scores_equal_those_of_a_plain_loop(splits):
     np.testing.assert_array_equal(metrics.matrix.cpu().numpy(), matrix)
 
 
+def test_a_model_is_scored_on_the_channels_that_it_reads(splits):
+    # Final scores were taken on all channels in the order of the tiles, whatever the model was trained on.
+    model, processor = tiny_model("segformer").eval(), SegformerImageProcessor(do_resize=False)
+    swapped = tiny_model("segformer").eval()
+    first = next(module for module in swapped.modules() if isinstance(module, torch.nn.Conv2d))
+    first.weight.data = first.weight.data[:, [2, 1, 0]]
+    for name in ("image_mean", "image_std"):
+        setattr(processor, name, [0.5, 0.5, 0.5])
+    expected = evaluate_model(model, processor, splits["test"], device="cpu").matrix
+    matrix = evaluate_model(swapped, processor, splits["test"], device="cpu", channels=[2, 1, 0]).matrix
+    assert torch.equal(torch.as_tensor(matrix), torch.as_tensor(expected))
+
+
 def test_a_model_with_other_labels_is_refused(splits):
     model = tiny_model("segformer")
     model.config.id2label = {0: "a", 1: "b", 2: "c"}

@@ -35,6 +35,14 @@ def test_hooks_give_the_output_of_the_named_layer_and_clear_it():
             hooks.pop()
 
 
+def test_inner_layers_of_hiera_are_refused_for_the_order_of_their_tokens():
+    # Their number fits the grid, but they are not in rows: the map was scrambled without a word.
+    model = tiny_encoder("hiera")
+    with pytest.raises(UserError, match="no order of places"):
+        FeatureHooks(model, ["encoder.stages.0"])
+    FeatureHooks(model, ["encoder"]).remove()
+
+
 def test_hooks_are_removed_on_leaving():
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     with FeatureHooks(model, ["0"]):

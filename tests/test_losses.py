@@ -59,7 +59,15 @@ def test_relations_can_be_compared_on_a_coarser_grid():
 
 @pytest.mark.parametrize(
     ("limit", "size", "grid"),
-    [(6, (6, 6), (6, 6)), (6, (4, 9), (4, 9)), (6, (12, 12), (6, 6)), (6, (8, 18), (4, 9)), (None, (20, 9), (20, 9))],
+    [
+        (6, (6, 6), (6, 6)),
+        (6, (4, 9), (4, 9)),
+        (6, (12, 12), (6, 6)),
+        (6, (8, 18), (4, 9)),
+        (6, (1, 90), (1, 36)),
+        (6, (30, 5), (15, 2)),
+        (None, (20, 9), (20, 9)),
+    ],
 )
 def test_the_grid_is_bounded_in_positions_and_keeps_its_proportions(limit, size, grid):
     student, teacher = torch.randn(1, 4, *size), torch.randn(1, 4, 5, 7)
@@ -135,6 +143,9 @@ def test_logit_loss_resizes_the_teacher_and_refuses_other_classes():
         (lambda: DualRelationLoss([]), "at least one"),
         (lambda: DualRelationLoss([("a", "b")], relation="l2"), "choose one of"),
         (lambda: DualRelationLoss([("a", "b", -1)]), "a=b has weight -1.0"),
+        (lambda: DualRelationLoss([("a",)]), "give .student layer, teacher layer"),
+        (lambda: DualRelationLoss([("a", "b")], spatial_weight=float("nan")), "relation weight nan"),
+        (lambda: DualRelationLoss([("a", "b")], spatial_weight=0, channel_weight=0), "both relation weights are 0"),
         (lambda: DualRelationLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
         (lambda: PixelLogitLoss(temperature=0), "greater than 0"),
     ],

@@ -552,6 +552,48 @@ def test_operators_for_torch_compile_keep_their_contract():
         )
 
 
+@pytest.mark.parametrize("route", ["direct", "identity"])
+@pytest.mark.parametrize(("c_s", "c_t"), [(96, 160), (128, 128)])
+def test_features_as_a_network_gives_them_agree_to_six_digits(route, c_s, c_t):
+    student, teacher = (x.relu() for x in pair(1, c_s, c_t, 30, 34, torch.float32))
+    weight = (draw(5, c_t, c_s) / 10).float().requires_grad_()
+    plain_weight = weight.detach().double().requires_grad_()
+    leaf, plain = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss = spatial_relation_distance(leaf, teacher, route=route)
+    expected = plain_distance(plain, teacher.double(), "spatial", "cosine")
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (leaf.grad - plain.grad).norm() <= 1e-5 * plain.grad.norm()
+    leaf.grad = plain.grad = None
+    loss = channel_relation_distance(leaf, teacher, projection=weight, route=route)
+    expected = plain_distance(plain, teacher.double(), "channel", "cosine", projection=plain_weight)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (leaf.grad - plain.grad).norm() <= 1e-5 * plain.grad.norm()
+    assert (weight.grad - plain_weight.grad).norm() <= 1e-5 * plain_weight.grad.norm()
+
+
+def test_a_projection_that_cancels_most_of_the_features_keeps_its_gradient():
+    # The Gram matrix squares the cancellation: folded in float32, the gradient of the weight was 15 % off.
+    student = 1 + 1e-3 * draw(0, 1, 32, 40, 40)
+    teacher = draw(1, 1, 64, 40, 40).float()
+    weight = draw(2, 64, 32)
+    weight = (weight - weight.mean(dim=1, keepdim=True)).float().requires_grad_()
+    plain_weight = weight.detach().double().requires_grad_()
+    channel_relation_distance(student.float(), teacher, projection=weight, route="direct").backward()
+    plain = plain_distance(student.float().double(), teacher.double(), "channel", "cosine", projection=plain_weight)
+    plain.backward()
+    assert (weight.grad - plain_weight.grad).norm() <= 1e-5 * plain_weight.grad.norm()
+
+
+def test_lengths_beyond_float32_show_and_do_not_count_as_zero():
+    huge = 1e20 * torch.ones(1, 4, 20, 20)
+    for route in ("direct", "identity"):
+        assert spatial_relation_distance(huge, torch.randn(1, 4, 20, 20), route=route).isnan()
+
+
 def test_values_under_no_grad_are_the_same():
     student, teacher = pair(1, 4, 6, 12, 12)
     student.requires_grad_()
@@ -581,6 +623,7 @@ def test_what_is_not_finite_shows_in_the_distance():
         (lambda f: channel_relation_distance(f, f[:, :2]), "project the student's features"),
         (lambda f: channel_relation_distance(f, f[:, :2], projection=torch.ones(4, 2)), r"must be \(2, 4\)"),
         (lambda f: spatial_relation_map(f.long()), "floating point"),
+        (lambda f: spatial_relation_distance(f[:0], f[:0]), "not empty"),
     ],
 )
 def test_wrong_input_is_refused_with_the_remedy(call, message):

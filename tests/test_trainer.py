@@ -274,7 +274,7 @@ def test_wrong_settings_are_refused_at_construction(tmp_path):
         distiller(tmp_path, feature_layers=["decode_head.activatoin=decode_head.fpn_bottleneck"])
     with pytest.raises(UserError, match="terms need different names"):
         distiller(tmp_path, losses=[PixelLogitLoss(), PixelLogitLoss()])
-    with pytest.raises(UserError, match="must not be negative"):
+    with pytest.raises(UserError, match="must be a number, 0 or above|must not be negative"):
         config(tmp_path, logit_weight=-1.0)
     with pytest.raises(UserError, match="between 0 and 1"):
         config(tmp_path, distillation_warmup_ratio=2.0)
@@ -477,6 +477,33 @@ def test_student_and_projector_stay_equal_on_two_ranks(tmp_path, student="mobile
 
 def test_config_is_json(tmp_path):
     assert json.loads(config(tmp_path).to_json_string())["relation"] == "cosine"
+
+
+def test_a_given_optimizer_must_train_the_projectors(tmp_path):
+    # A projector that its optimizer did not know stayed at its random values, without a word.
+    student, teacher = tiny_model("segformer", seed=1), tiny_model("upernet", width=2, seed=2)
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        config(tmp_path),
+        train_dataset=RandomTiles(),
+        processing_class=SegformerImageProcessor(do_resize=False),
+        optimizers=(torch.optim.AdamW(student.parameters()), None),
+    )
+    with pytest.raises(UserError, match="does not train the projectors"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, weight):
+    with pytest.raises(UserError, match="spatial_relation_weight=.* must be a number"):
+        config(tmp_path, spatial_relation_weight=weight)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_teacher_in_half_precision_runs_beside_autocast(tmp_path, dtype):
+    # A float16 teacher met the autocast of bf16 training and ended in a RuntimeError.
+    distiller(tmp_path, bf16=True, teacher_dtype=dtype).train()
 
 
 def test_sharding_is_refused_and_not_silently_left_out(tmp_path):

@@ -64,11 +64,22 @@ class DualRelationLoss(DistillationLoss):
             raise UserError(f"temperature={temperature} must be greater than 0")
         if resize_relations_to is not None and resize_relations_to < 1:
             raise UserError(f"resize_relations_to={resize_relations_to} must be at least 1, or None for no limit")
+        for pair in layers:
+            if not 2 <= len(pair) <= 3 or not all(isinstance(weight, (int, float)) for weight in pair[2:]):
+                raise UserError(
+                    f"layer pair {pair}: give (student layer, teacher layer) or (student layer, teacher layer, weight)"
+                )
+            if not all(0 < weight < 1e6 for weight in pair[2:]):
+                raise UserError(
+                    f"layer pair {pair[0]}={pair[1]} has weight {float(pair[2])}, give one above 0 and below 1e6"
+                )
+        for weight in (spatial_weight, channel_weight):
+            if not 0 <= weight < math.inf:
+                raise UserError(f"relation weight {weight} must be a number, 0 or above")
+        if spatial_weight == channel_weight == 0:
+            raise UserError("both relation weights are 0, nothing would be distilled: give one above 0")
         self.layers = [(str(s), str(t)) for s, t, *_ in layers]
         pair_weights = [float(weight[0]) if weight else 1.0 for _, _, *weight in layers]
-        for (student_layer, teacher_layer), weight in zip(self.layers, pair_weights, strict=True):
-            if not 0 < weight < float("inf"):
-                raise UserError(f"layer pair {student_layer}={teacher_layer} has weight {weight}, give one above 0")
         self.layer_weights = [weight / sum(pair_weights) for weight in pair_weights]
         self.student_layers = tuple(s for s, _ in self.layers)
         self.teacher_layers = tuple(t for _, t in self.layers)
@@ -122,4 +133,5 @@ class DualRelationLoss(DistillationLoss):
         if limit is None or height * width <= limit**2:
             return height, width
         scale = limit / math.sqrt(height * width)
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        height = min(max(1, round(height * scale)), limit**2)
+        return height, max(1, min(round(width * scale), limit**2 // height))

@@ -45,7 +45,8 @@ most channel relations. On a CPU products of a matrix with itself are computed a
 teacher's own term, which the value needs and the gradient does not; ``teacher_term=False`` leaves it out.
 
 ``attention`` has no such identity, for the softmax is not linear. Its cost stays N^2 (3 C_s + C_t), but blocks of rows of
-both maps are formed, compared, differentiated and dropped in one pass: memory is three blocks and the gradient.
+both maps are formed, compared, differentiated and dropped in one pass: memory is these blocks, of 64 MiB at most on a CPU and
+256 MiB on a GPU, and a few tensors of the features' own size.
 
 The gradient is formed in the forward pass, while its ingredients are in cache, and only where one is needed. The
 backward pass multiplies it by the incoming factor; features are not kept for it.
@@ -53,7 +54,10 @@ backward pass multiplies it by the incoming factor; features are not kept for it
 Numerical care
 --------------
 - The right side of the identity subtracts nearly equal numbers. Products are therefore true float32 (autocast and TF32
-  are off inside, float64 features stay float64), pieces of at most 4096 columns are added up in float64, and so are all sums.
+  are off inside, float64 features stay float64), sums over about 4096 columns are added up in float64, and so are all other sums.
+- What cancels there is the part that all vectors share. Where that is nearly everything, because a common mean or an outlier channel
+  makes all cosines close to 1, the value and the gradient of ``identity`` lose digits: for widths 256 and 768 relative errors are
+  about 1e-5 at a mean cosine of 0.9 and 5e-4 at 0.99. ``route="direct"`` is about as good as the plain definition there.
 - With equal widths the products are taken of U = S + Z and V = S - Z, since S^T S - Z^T Z = (U^T V + V^T U) / 2: nothing
   cancels where student and teacher nearly agree, and identical features give exactly 0.
 - A projection may cancel most of the features, so that the little Gram matrix of the student is formed in float64 there. So
@@ -145,7 +149,7 @@ def spatial_relation_distance(
         relation, temperature: as in `spatial_relation_map`.
         route: how ``cosine`` is computed, ``"identity"`` or ``"direct"``; None takes what `cosine_route` finds cheaper.
         teacher_term: False leaves ||Z Z^T||^2 out, wherever it need not be formed. It belongs to the teacher alone: the gradient is
-            the same and costs up to half, but the value is lower by a constant and no distance any more.
+            the same at a lower cost, but the value is lower by a constant and no distance any more.
 
     Returns:
         Scalar, float32 (float64 where both are float64), never negative. Products and gradient are computed in this
@@ -363,7 +367,9 @@ def _check(relation: str, temperature: float, *features: torch.Tensor, route: st
     if route is not None and (route not in ROUTES or relation != "cosine"):
         raise UserError(f"route={route!r} must be one of {', '.join(ROUTES)} and goes with relation='cosine'")
     for f in features:
-        if f.ndim != 4 or not f.is_floating_point():
-            raise UserError(f"features must be floating point (B, C, H, W), got {f.dtype} {tuple(f.shape)}")
+        if f.ndim != 4 or not f.is_floating_point() or f.numel() == 0:
+            raise UserError(
+                f"features must be floating point (B, C, H, W) and not empty, got {f.dtype} {tuple(f.shape)}"
+            )
     if len({f.shape[0] for f in features}) > 1:
         raise UserError(f"student and teacher differ in batch size: {[f.shape[0] for f in features]}")

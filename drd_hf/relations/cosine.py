@@ -10,7 +10,7 @@ from drd_hf.relations.precision import inverse_length, sum_dtype
 
 # Both routes work through the batch in pieces: small enough for a CPU's cache, large enough to fill a GPU.
 _CPU_BYTES, _GPU_BYTES = 4 * 2**20, 256 * 2**20
-# Products over more columns than this are added up in float64.
+# About so many columns are added up in float32 before their sum goes into one of float64.
 _MAX_COLUMNS = 4096
 # Sums over a map with the same vector everywhere are biased in float32. Over the entries of a wide product that averages
 # out; the products of vectors up to this length are taken in float64.
@@ -47,7 +47,7 @@ def channel_route(student_channels: int, teacher_channels: int, positions: int, 
 
 def _folding(c_s: int, c_t: int, n: int) -> int:
     """Multiplications of W (F F^T) W^T and its gradient; those in float64 count twice."""
-    return 3 * n * c_s * c_s + 4 * c_t * c_s * c_s + 3 * c_t * c_t * c_s
+    return 3 * n * c_s * c_s + 6 * c_t * c_s * c_s + 4 * c_t * c_t * c_s
 
 
 def identity_distance(
@@ -219,7 +219,7 @@ def direct_channel_distance(
     """Sum over the batch of the squared differences of C_t x C_t maps, and gradients of student and projection weight.
 
     The Gram matrix of projected rows is W (F F^T) W^T. W may cancel most of F, and what is left counts twice over in the
-    product; both F F^T and its folding are taken in float64. With few positions it is cheaper to project the features.
+    product; F F^T, its folding and their gradients are taken in float64. With few positions it is cheaper to project the features.
     """
     c_s, c_t, n = student.shape[1], teacher.shape[1], student.shape[2]
     if weight is not None and 3 * n * c_s * c_t + n * c_t * c_t < _folding(c_s, c_t, n):
@@ -235,7 +235,6 @@ def direct_channel_distance(
         gram = rows_gram = _gram_of_rows(student[group], wide)
         if weight is not None:
             rows_gram = _folded(weight.to(wide), gram)
-            gram = gram.to(dtype)
         teacher_gram = _gram_of_rows(teacher[group], dtype)
         part, slope = direct_distance(rows_gram, teacher_gram, dtype, relation, temperature, need_grad)
         total = part + total
@@ -244,9 +243,9 @@ def direct_channel_distance(
         if weight is None:
             slope.mul_(2)
         else:
-            half = (slope @ weight).mul_(2)
+            half = (slope.to(wide) @ weight.to(wide)).mul_(2)
             weight_grad += (half @ gram).sum(0)
-            slope = weight.mT @ half
+            slope = (weight.to(wide).mT @ half).to(dtype)
         torch.matmul(slope, student[group].to(dtype), out=grad[group])
     return total, grad, weight_grad
 

@@ -19,8 +19,8 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def inverse_length(squares: torch.Tensor) -> torch.Tensor:
-    """1 / sqrt(squares), 0 for vectors that count as zero."""
-    return squares.rsqrt().masked_fill_(squares < ZERO_SQUARED, 0.0)
+    """1 / sqrt(squares), 0 for vectors that count as zero, NaN for those whose length is beyond the number format."""
+    return (squares.rsqrt() + 0 * squares).masked_fill_(squares < ZERO_SQUARED, 0.0)
 
 
 @contextlib.contextmanager
