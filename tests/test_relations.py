@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -545,9 +546,9 @@ def test_operators_for_torch_compile_keep_their_contract():
     student.requires_grad_()
     weight = torch.randn(5, 3, requires_grad=True)
     for settings_of in (("cosine", 1.0, "identity", True, True), ("attention", 0.5, "", True, True)):
-        torch.library.opcheck(torch.ops.drd_hf.spatial_relation_distance.default, (student, teacher, *settings_of))
+        library.opcheck(torch.ops.drd_hf.spatial_relation_distance.default, (student, teacher, *settings_of))
     for relation in ("cosine", "attention"):
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.drd_hf.channel_relation_distance.default, (student, teacher, weight, relation, 1.0, "", True)
         )
 

@@ -68,6 +68,7 @@ Numerical care
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from drd_hf.errors import UserError
 from drd_hf.relations.attention import attention_distance
@@ -312,8 +313,8 @@ def _scaled(ctx, slope):
     ]
 
 
-_spatial_operator = torch.library.custom_op("drd_hf::spatial_relation_distance", _spatial, mutates_args=())
-_channel_operator = torch.library.custom_op("drd_hf::channel_relation_distance", _channel, mutates_args=())
+_spatial_operator = library.custom_op("drd_hf::spatial_relation_distance", _spatial, mutates_args=())
+_channel_operator = library.custom_op("drd_hf::channel_relation_distance", _channel, mutates_args=())
 
 
 @_spatial_operator.register_fake
