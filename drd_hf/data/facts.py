@@ -15,7 +15,10 @@ class SegmentationClass:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What does not change about a dataset. `classes[i]` is the class with label `i`; 255 is ignored everywhere."""
+    """What does not change about a dataset. `classes[i]` is the class with label `i`; 255 is ignored everywhere.
+
+    `may_be_shared` is False where the terms forbid to hand the pixels on; `terms` says in words what they ask for.
+    """
 
     name: str
     classes: tuple[SegmentationClass, ...]
@@ -23,6 +26,8 @@ class DatasetFacts:
     license: str | None = None
     citation: str | None = None
     ignore_index: int = field(default=IGNORE_INDEX)
+    terms: str | None = None
+    may_be_shared: bool = True
 
     @property
     def id2label(self) -> dict[int, str]:
