@@ -1,0 +1,250 @@
+"""To the Hugging Face Hub: everything that belongs together in one commit, and nothing else.
+
+`push_dataset` knows what belongs to a prepared dataset and who may see it; `push_files` knows the Hub.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of httpx or of httpx2, as the version of huggingface_hub has it
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from drd_hf.data.splits import SegmentationInfo, read_info
+from drd_hf.errors import UserError
+
+TRIES = 3
+PAUSE = 2.0  # seconds before the second try, doubled before each further one
+
+
+def push_dataset(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    i_have_the_right: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+) -> str:
+    """Push a dataset that `prepare_dataset` wrote: `README.md` and `data/*.parquet` in one commit.
+
+    Args:
+        folder: output folder of `prepare_dataset`. Other files in it stay where they are.
+        repo_id: dataset repository as ORG/NAME; made if it does not exist.
+        private: whether a new repository is private. Not given, it is what the Hub makes of new repositories of the
+            owner (public, unless an organisation says otherwise), but private where the terms of the dataset do not
+            allow to hand it on. A repository that exists must already be what is asked for.
+        i_have_the_right: push although the card says that the pixels may not be shared.
+        overwrite: replace another dataset that is in the repository.
+        token: token of the Hub that may write; the saved one or `HF_TOKEN` if not given.
+
+    Parquet files of an earlier version go in the same commit, so the repository never holds parts of two versions.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: the folder is no complete dataset, its terms forbid the push, or the Hub refuses or is not reached.
+            The message is one line, without the token.
+    """
+    folder = Path(folder)
+    info, files = _prepared_dataset(folder)
+    if info.may_be_shared is not True:  # anything unclear that somebody wrote into the card is a no
+        if not i_have_the_right:
+            terms = _line(info.terms or "its card gives none")
+            raise UserError(
+                f"{folder}: the terms of {info.name} do not let you hand it on ({terms}); give i_have_the_right if "
+                "you have the right to, then the repository is private unless you say otherwise"
+            )
+        private = True if private is None else private
+
+    def may_replace(card: Mapping[str, Any]) -> bool:
+        there = card.get("segmentation")
+        return isinstance(there, dict) and there.get("name") == info.name
+
+    return push_files(
+        files,
+        repo_id,
+        repo_type="dataset",
+        message=f"Push {info.name}",
+        private=private,
+        stale=r"data/[^/]*\.parquet",
+        may_replace=(lambda card: True) if overwrite else may_replace,
+        token=token,
+    )
+
+
+def push_files(
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    repo_type: str,
+    message: str,
+    private: bool | None = None,
+    stale: str = "",
+    may_replace: Callable[[Mapping[str, Any]], bool] = lambda card: True,
+    token: str | None = None,
+) -> str:
+    """Make the repository if need be, and put `files` (path there -> local file) into it in one commit.
+
+    Files there that match the regular expression `stale` and are not among `files` are deleted by the same commit.
+    `may_replace` is asked with the metadata of the card ({} if there is none) of a repository that has files.
+    A failure that may pass is tried again; what has been uploaded by then is not sent again.
+    Returns the address of the repository; raises `UserError`, see `push_dataset`.
+    """
+    _check_repo_id(repo_id)
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise UserError(f"{repo_id}: no token for the Hub; run `hf auth login`, or set HF_TOKEN to one that may write")
+    if not re.fullmatch(r"[!-~]+", token):  # a header would refuse it with a message that shows it
+        raise UserError(f"{repo_id}: the token holds spaces or signs that no token has; copy it again")
+    api = HfApi(token=token)
+    for attempt in range(TRIES):
+        try:
+            _push_once(api, files, repo_id, repo_type, message, private, stale, may_replace)
+            break
+        except UserError:
+            raise
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            cause = _http_cause(error)
+            if attempt == TRIES - 1 or not _may_pass(cause):
+                raise UserError(f"{repo_id}: {_explain(cause, api)}".replace(token, "***")) from None
+            time.sleep(PAUSE * 2**attempt)
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def _push_once(
+    api: HfApi,
+    files: Mapping[str, Path],
+    repo_id: str,
+    repo_type: str,
+    message: str,
+    private: bool | None,
+    stale: str,
+    may_replace: Callable[[Mapping[str, Any]], bool],
+) -> None:
+    try:
+        repo = api.repo_info(repo_id, repo_type=repo_type)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, repo_type=repo_type, private=private)
+        repo = api.repo_info(repo_id, repo_type=repo_type)
+    # Before the first byte goes up, and also for a new repository: what counts is what the Hub says it is.
+    if private is not None and bool(repo.private) != private:
+        is_, asked = ("private", "public") if repo.private else ("public", "private")
+        raise UserError(
+            f"{repo_id}: the repository is {is_}, not {asked} as asked for; change it in its settings on the Hub, "
+            f"give private={bool(repo.private)}, or give another repository"
+        )
+    there = {sibling.rfilename for sibling in repo.siblings or ()} - {".gitattributes"}
+    if there and not may_replace(_card(api, repo_id, repo_type, repo.sha) if "README.md" in there else {}):
+        raise UserError(
+            f"{repo_id}: holds something else already; give another repository, or overwrite to replace it"
+        )
+    deleted = [path for path in sorted(there) if re.fullmatch(stale, path) and path not in files]
+    # Not `upload_folder`: it makes several commits of a large folder, and between two of them the dataset is broken.
+    # With the parent named, two pushes at the same time cannot mix either.
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationDelete(path) for path in deleted]
+        + [CommitOperationAdd(path, local) for path, local in files.items()],
+        commit_message=message,
+        repo_type=repo_type,
+        parent_commit=repo.sha,
+    )
+    arrived = api.list_repo_files(repo_id, repo_type=repo_type, revision=commit.oid)
+    if missing := sorted(set(files) - set(arrived)):
+        raise UserError(f"{repo_id}: its .gitignore keeps {missing[0]} out; remove the .gitignore and push again")
+
+
+def _card(api: HfApi, repo_id: str, repo_type: str, revision: str) -> dict[str, Any]:
+    """The metadata of the repository's card; {} if it is damaged."""
+    path = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=revision)
+    try:
+        return RepoCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, ValueError):
+        return {}
+
+
+def _prepared_dataset(folder: Path) -> tuple[SegmentationInfo, dict[str, Path]]:
+    """What the card in a folder of `prepare_dataset` says, and the folder's files by their path in a repository."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give the output folder of prepare_dataset.py")
+    info, files = read_info(folder), {"README.md": folder / "README.md"}
+    for split, expected in info.num_tiles.items():
+        shards = sorted((folder / "data").glob(f"{split}-*.parquet"))
+        found = sum(_num_rows(path) for path in shards)
+        if found != expected:
+            raise UserError(f"{folder}: {split} has {found} of its {expected} tiles; prepare it again")
+        files |= {f"data/{path.name}": path for path in shards}
+    return info, files
+
+
+def _num_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: is damaged ({_line(error)}); prepare the dataset again") from None
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is no name of a repository ({_line(error)}); give ORG/NAME") from None
+    if "/" not in repo_id:
+        raise UserError(f"{repo_id!r} does not say whose repository it is; give ORG/NAME")
+
+
+def _http_cause(error: BaseException) -> BaseException:
+    """What went wrong beneath an error of an upload: huggingface_hub wraps the one of HTTP."""
+    while not isinstance(error, HTTPError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    """Status of the answer; None where there was none."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = _status(error)
+    return isinstance(error, HTTPError) if status is None else status in (408, 500, 502, 503, 504)
+
+
+def _explain(error: BaseException, api: HfApi) -> str:
+    """One line: what the Hub or the connection said, and the remedy."""
+    status = _status(error)
+    said = _line(getattr(error, "server_message", None) or error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub is not asked while HF_HUB_OFFLINE is set; unset it to push"
+    if status == 401:
+        return f"the Hub does not know the token ({said}); run `hf auth login` or renew HF_TOKEN"
+    if status == 403:
+        return f"the token may not do this ({said}); give one with write access to the owner of the repository"
+    if isinstance(error, EntryNotFoundError) or status in (404, 409, 412):
+        return f"the repository has changed meanwhile or cannot be seen with this token ({said}); push again"
+    if status == 429:
+        return f"the Hub asks for a pause ({said}); wait some minutes and push again"
+    if _may_pass(error):
+        return f"{api.endpoint} does not answer as it should ({said}); push again later, what is already up is not sent again"
+    return f"the push failed ({said})"
+
+
+def _line(message: object) -> str:
+    """A message as one line of bearable length."""
+    words = " ".join(str(message).split()) or type(message).__name__
+    return (words if len(words) <= 300 else f"{words[:297]}...").rstrip(".")
