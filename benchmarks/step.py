@@ -12,9 +12,6 @@ differences of a few percent to the sum of the parts are drift. Prints a table a
 import argparse
 import contextlib
 import functools
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,11 +28,11 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import peers
+from benchmarks.report import RESULTS, write_report
 from drd_hf import DistillationConfig, DistillationTrainer, DualRelationLoss, FeatureHooks
 from drd_hf.losses import PixelLogitLoss
 from drd_hf.models import default_feature_layer
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CLASSES = 6
 
 
@@ -201,24 +198,17 @@ def main() -> None:
     print(
         f"{'DistillationTrainer, whole step':34}{1e3 * whole:9.1f}ms{100 * (whole / parts - 1):+21.1f}% against its parts"
     )
-    report = {
-        "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batch": batch,
-        "size": args.size,
-        "rounds": rounds,
-        "milliseconds": {name: round(1e3 * value, 2) for name, value in medians.items()},
-        "share_of_teacher_and_student": {name: round(value / step, 4) for name, value in medians.items()},
-        "trainer_step_milliseconds": round(1e3 * whole, 2),
-        "trainer_over_its_parts": round(whole / parts - 1, 4),
-    }
-    path = Path(args.output or RESULTS / f"step{'_cuda' if on_gpu else ''}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-    print(f"written to {path}")
+    write_report(
+        args.output or RESULTS / f"step{'_cuda' if on_gpu else ''}.json",
+        args.device,
+        batch=batch,
+        size=args.size,
+        rounds=rounds,
+        milliseconds={name: round(1e3 * value, 2) for name, value in medians.items()},
+        share_of_teacher_and_student={name: round(value / step, 4) for name, value in medians.items()},
+        trainer_step_milliseconds=round(1e3 * whole, 2),
+        trainer_over_its_parts=round(whole / parts - 1, 4),
+    )
 
 
 if __name__ == "__main__":

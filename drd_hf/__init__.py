@@ -16,11 +16,17 @@ _EXPORTS = {
     "DistillationConfig": "trainer",
     "DistillationTrainer": "trainer",
     "SegmentationMetrics": "metrics",
+    "BoundaryIoU": "metrics",
     "predict_image": "inference",
+    "predict_raster": "inference",
     "load_splits": "data",
+    "prepare_dataset": "data",
+    "push_dataset": "hub",
     "load_teacher": "models",
     "load_student": "models",
     "load_image_processor": "models",
+    "export_onnx": "export",
+    "OnnxSegmenter": "export",
     "UserError": "errors",
 }
 

@@ -27,6 +27,7 @@ SUMMARY_NAMES = {
     "kappa": "Cohen's kappa",
 }
 CLASS_SCORES = {"iou": "IoU", "f1": "F1", "accuracy": "accuracy"}
+RGB = ("red", "green", "blue")
 
 # How a path begins that tells about somebody's machine: absolute, home, parent folder, drive or network share.
 _LOCAL = (
@@ -72,6 +73,8 @@ class ModelCardFacts:
         num_parameters: of the published model.
         id2label: class names; keys 0..K-1.
         colors: K RGB colours, 0-255, in label order.
+        bands: names of the bands that the model reads, in order. None of them: taken for red, green, blue.
+        image_mean, image_std: normalisation of values in 0..1, one value a band; none where it is scaled only.
         license: licence identifier of the model; never guessed.
         base_model: what the training started from; what is no Hub id is left out.
         tags: tags besides the usual ones.
@@ -89,6 +92,9 @@ class ModelCardFacts:
     num_parameters: int
     id2label: Mapping[int | str, str]
     colors: Sequence[tuple[int, int, int]] | None = None
+    bands: Sequence[str] = ()
+    image_mean: Sequence[float] = ()
+    image_std: Sequence[float] = ()
     license: str | None = None
     base_model: Sequence[str] = ()
     tags: Sequence[str] = ()
@@ -131,10 +137,16 @@ def render_model_card(facts: ModelCardFacts) -> str:
     the run are cut to their last name.
 
     Raises:
-        UserError: the colours do not fit the classes, or two results have the same dataset, split and protocol.
+        UserError: the colours do not fit the classes, the normalisation not the bands, or two results have the same
+            dataset, split and protocol.
     """
     if facts.colors is not None and len(facts.colors) != len(facts.id2label):
         raise UserError(f"{len(facts.colors)} colours for {len(facts.id2label)} classes: give every class one colour")
+    for name, values in (("image_mean", facts.image_mean), ("image_std", facts.image_std)):
+        if len(values) not in (0, 1, len(facts.bands or RGB)):
+            raise UserError(
+                f"{name}: {len(values)} values for {len(facts.bands or RGB)} bands: give one for each band"
+            )
     measured = [(r.dataset, r.split, r.protocol) for r in facts.results]
     for key in measured:
         if measured.count(key) > 1:
@@ -160,6 +172,8 @@ def render_model_card(facts: ModelCardFacts) -> str:
         dataset_name=_short(facts.dataset_name) if facts.dataset_name else None,
         dataset_on_hub=hub_id(facts.dataset_id),
         results=results,
+        bands=_bands(facts),
+        band_names=", ".join(" ".join(str(name).split()) for name in facts.bands or RGB),
         compared={column for result in results for column in result["columns"]},
         distillation=_settings(facts.distillation or {}),
         training=_settings(
@@ -235,6 +249,12 @@ def _eval_results(facts: ModelCardFacts, result: MeasuredResult) -> list[EvalRes
         for key, value in result.metrics.items()
         if math.isfinite(value)
     ]
+
+
+def _bands(facts: ModelCardFacts) -> list[tuple[str, list[float]]]:
+    """Name, mean and deviation of each band; without the numbers where values are not normalised."""
+    statistics = [values for values in (facts.image_mean, facts.image_std) if len(values) == len(facts.bands)]
+    return [(name, [values[i] for values in statistics]) for i, name in enumerate(facts.bands)]
 
 
 def _tables(facts: ModelCardFacts, result: MeasuredResult) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class SeededDraws(Dataset):
 
     def __getitem__(self, draw: tuple[int, int]):
         index, seed = draw
-        with _seeded(seed):
+        with seeded(seed):
             return self.dataset[index]
 
 
@@ -206,14 +206,14 @@ class SeededSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # Not seed + epoch: runs with seeds 0 and 1 would see the same draws, an epoch apart.
         (state,) = np.random.SeedSequence([self.seed, self.epoch()]).generate_state(1, np.uint64)
-        with _seeded(int(state)):
+        with seeded(int(state)):
             indices = list(self.sampler)
             seeds = torch.randint(2**63 - 1, (len(indices),)).tolist()
         return iter(list(zip(indices, seeds, strict=True)))
 
 
 @contextlib.contextmanager
-def _seeded(seed: int):
+def seeded(seed: int):
     """Seed the global generators of the CPU, and leave them as they were found."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

@@ -1,8 +1,10 @@
 """Teachers and students by Hub id, folder or architecture file; default feature layers of each model family."""
 
+import copy
 import inspect
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,8 +29,9 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.splits import SegmentationInfo
 from drd_hf.errors import UserError
-from drd_hf.features import layers_in_order
+from drd_hf.features import input_channels, layers_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ DEFAULT_FEATURE_LAYERS = {
     "maskformer": ("model.pixel_level_module.decoder.mask_projection",),
     "oneformer": ("model.pixel_level_module.decoder.mask_projection",),
 }
+
+RGB = ("red", "green", "blue")
 
 # Buffers that a model computes for itself, and that a checkpoint may lack.
 NOT_TRAINED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")
@@ -143,9 +148,16 @@ def load_student(
     name_or_path: str,
     id2label: dict[int, str] | None = None,
     pretrained_weights: str | None = None,
+    num_channels: int | None = None,
+    bands: Sequence[str] | None = None,
     **kwargs,
 ) -> PreTrainedModel:
-    """A segmentation model to train, with a head for the given labels.
+    """A segmentation model to train, with a head for the given labels and a first layer for the given bands.
+
+    Weights that were trained on other bands are kept: the kernels of the first convolution are chosen by the names of
+    the bands if the checkpoint has them in its configuration, else in order (near infrared, red, green take those of
+    red, green, blue). A band without a kernel gets the mean of all kernels. From I to C bands the kernels are
+    multiplied by I / C, so that the sum over the bands keeps its size.
 
     Args:
         name_or_path: Hub id or folder of a checkpoint (it gets a new classifier where the number of classes differs), or an
@@ -153,11 +165,13 @@ def load_student(
         id2label: {0: name, ...} of the task; None keeps the checkpoint's own.
         pretrained_weights: only with an architecture file. A folder or Hub id of a checkpoint whose weights fit the
             architecture, or a `.safetensors` file with weights of its backbone.
+        num_channels: number of bands of the images. None: as many as `bands`, or as the checkpoint or architecture says.
+        bands: names of the bands in their order, which go into the configuration as `bands`.
         kwargs: passed to `from_pretrained` (revision, token, ...).
 
     Raises:
-        UserError: the file or folder is missing or unreadable, none of the pretrained weights fit, or the model cannot
-            compute its loss.
+        UserError: the file or folder is missing or unreadable, none of the pretrained weights fit, the model cannot
+            compute its loss, or its family cannot read so many bands.
     """
     labels = {}
     if id2label is not None:
@@ -165,20 +179,36 @@ def load_student(
         if sorted(id2label) != list(range(len(id2label))):
             raise UserError(f"id2label must number the classes 0..{len(id2label) - 1}, got {sorted(id2label)}")
         labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    if bands is not None and num_channels not in (None, len(bands)):
+        raise UserError(f"num_channels={num_channels} with {len(bands)} names of bands: give one name a channel")
+    num_channels = num_channels if bands is None else len(bands)
+    if num_channels is not None and num_channels < 1:
+        raise UserError(f"num_channels={num_channels}: give at least 1")
     if not str(name_or_path).endswith(".json"):
         if pretrained_weights is not None:
             raise UserError("pretrained_weights goes with an architecture file (.json), not with a checkpoint")
         model = _from_pretrained(name_or_path, AutoModelForSemanticSegmentation, new_head=True, **labels, **kwargs)
     else:
         config = _read_architecture(name_or_path, labels)
-        if pretrained_weights is None or str(pretrained_weights).endswith(".safetensors"):
+        if pretrained_weights is None:
+            if num_channels is not None:
+                _set_channels(config, num_channels, name_or_path)
             model = AutoModelForSemanticSegmentation.from_config(config)
-            if pretrained_weights is not None:
-                _load_backbone(model, pretrained_weights)
+        elif str(pretrained_weights).endswith(".safetensors"):
+            model = AutoModelForSemanticSegmentation.from_config(config)
+            _load_backbone(model, pretrained_weights)
         else:
+            num_channels = _channels(config) if num_channels is None else num_channels
+            trained = _read_config(pretrained_weights, "a segmentation model", **kwargs)
+            if _channels(trained) != _channels(config):
+                _set_channels(config, _channels(trained), name_or_path)
+            if names := bands_of(trained):
+                config.bands = names
             model = _from_pretrained(
                 pretrained_weights, AutoModelForSemanticSegmentation, new_head=True, config=config, **kwargs
             )
+    if num_channels is not None:
+        model = _with_bands(model, num_channels, bands, name_or_path)
     if model.config.model_type == "dpt" and not model.config.use_auxiliary_head:
         raise UserError(
             f"{name_or_path}: a DPT computes its loss only with use_auxiliary_head: true in its configuration"
@@ -194,9 +224,11 @@ def load_student(
 
 def load_image_processor(
     name_or_path: str,
-    image_mean: list[float] | None = None,
-    image_std: list[float] | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
     pretrained_weights: str | None = None,
+    bands: Sequence[str] | None = None,
+    info: SegmentationInfo | None = None,
     **kwargs,
 ):
     """The image processor of a model, set to leave the size of images and the labels as they are.
@@ -205,13 +237,24 @@ def load_image_processor(
     `do_resize`, `do_center_crop` and `do_reduce_labels` are off. An architecture file takes the processor of the
     checkpoint that it starts from; without one, it gets a `SegformerImageProcessor` with ImageNet statistics.
 
+    Its mean and deviation fit the bands that it was made for: those in the configuration of its checkpoint, else red,
+    green and blue. For other `bands` they become what was measured on the dataset; a processor that does not normalise
+    stays so.
+
     Args:
         name_or_path: Hub id, folder, or architecture file.
-        image_mean, image_std: three values each, for images scaled to 0..1; override the processor's own.
+        image_mean, image_std: one value a band each, for images scaled to 0..1; they go before all others.
         pretrained_weights: as in `load_student`.
+        bands: names of the bands that the model is to read, in order. None: those that the processor was made for.
+        info: of the dataset that has these bands.
+        kwargs: passed to `from_pretrained` (revision, token, ...).
+
+    Raises:
+        UserError: no processor there, statistics of another number of bands, or none known for the bands.
     """
     if str(name_or_path).endswith(".json") and pretrained_weights is not None:
         name_or_path = pretrained_weights
+    own_bands = RGB
     if str(name_or_path).endswith((".json", ".safetensors")):
         processor = SegformerImageProcessor(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
     else:
@@ -219,16 +262,109 @@ def load_image_processor(
             processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
         except (OSError, ValueError) as error:
             raise UserError(f"{name_or_path}: no usable preprocessor_config.json ({_first_line(error)})") from error
+        if bands is not None:
+            own_bands = bands_of(_read_config(name_or_path, "a segmentation model", **kwargs)) or RGB
     for switch in ("do_resize", "do_center_crop", "do_reduce_labels"):
         if hasattr(processor, switch):
             setattr(processor, switch, False)
+    if bands is not None and len(bands) != 3 and getattr(processor, "do_flip_channel_order", False):
+        raise UserError(
+            f"{name_or_path}: its image processor reverses the order of three bands, the dataset gives {len(bands)}: "
+            "choose three with --student_channels, or start from an architecture file"
+        )
+    if bands is not None and tuple(bands) != tuple(own_bands) and getattr(processor, "do_normalize", False):
+        if image_mean is None:
+            image_mean = _measured("band_mean", bands, info)
+        if image_std is None:
+            image_std = [value or 1.0 for value in _measured("band_std", bands, info)]  # 0 of a band of one value
+    wanted = len(bands) if bands is not None else len(getattr(processor, "image_mean", None) or RGB)
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
         if values is not None:
-            if len(values) != 3:
-                raise UserError(f"{name} {values}: give three values, one for each channel")
+            if len(values) != wanted:
+                raise UserError(f"{name} {list(values)}: give {wanted} values, one for each band")
             setattr(processor, name, [float(x) for x in values])
             processor.do_normalize = True
     return processor
+
+
+def _measured(statistic: str, bands: Sequence[str], info: SegmentationInfo | None) -> list[float]:
+    values = getattr(info, statistic, ())
+    if not values:
+        raise UserError(
+            f"no {statistic} of the bands {', '.join(bands)} is known: give image_mean and image_std with "
+            f"{len(bands)} values each, or prepare the dataset again"
+        )
+    return [values[info.bands.index(name)] for name in bands]
+
+
+def bands_of(config) -> list[str] | None:
+    """Names of the bands that a model reads, from its configuration; None where it does not name as many as it reads."""
+    bands = getattr(config, "bands", None)
+    named = isinstance(bands, (list, tuple)) and len(bands) == _channels(config)
+    return [str(name) for name in bands] if named else None
+
+
+def select_bands(bands: Sequence[str], channels: Sequence[int] | None, option: str = "student_channels") -> list[str]:
+    """Names of the chosen channels of a dataset; None are all.
+
+    Raises:
+        UserError: the dataset has no such channel.
+    """
+    if channels is None:
+        return list(bands)
+    if not channels or not all(0 <= channel < len(bands) for channel in channels):
+        raise UserError(f"--{option} {list(channels)}: the dataset has the channels {_numbered(bands)}")
+    return [bands[channel] for channel in channels]
+
+
+def find_channels(
+    model: PreTrainedModel,
+    bands: Sequence[str],
+    what: str,
+    option: str | None = None,
+    chosen: Sequence[int] | None = None,
+    default: Sequence[int] | None = None,
+) -> list[int] | None:
+    """Which channels of a dataset a model reads: indices into `bands` in the model's order, None for those of `default`.
+
+    They are found by name where the model's configuration has `bands`. A model without it reads the default if the
+    number fits, else red, green and blue if it reads three, as models pretrained on photographs do.
+
+    Args:
+        model: any model of images.
+        bands: names of the dataset's bands, in order.
+        what, option: how messages call the model, and the option that chooses its channels, if there is one.
+        chosen: channels that the user chose; only their number is checked.
+        default: channels to read if nothing else is known. None: all.
+
+    Raises:
+        UserError: the dataset does not have what the model reads.
+    """
+    number, names = input_channels(model), bands_of(model.config)
+    default = list(range(len(bands)) if default is None else default)
+    remedy = f"choose channels with --{option}, or another model" if option else "give another model"
+    remedy += f"; the dataset has {_numbered(bands)}"
+    if chosen is not None:
+        select_bands(bands, chosen, option or "channels")
+        if len(chosen) != number:
+            raise UserError(f"{what} reads {number} bands, --{option} names {len(chosen)}")
+        channels = list(chosen)
+    elif names is not None:
+        missing = [name for name in names if name not in bands]
+        if missing:
+            raise UserError(f"{what} reads the bands {', '.join(names)}, and there is no {missing[0]}: {remedy}")
+        channels = [list(bands).index(name) for name in names]
+    else:
+        channels = default
+        if number == 3 != len(channels) and set(RGB) <= set(bands):
+            channels = [list(bands).index(name) for name in RGB]
+        if len(channels) != number:
+            raise UserError(f"{what} reads {number} bands, of which it does not give the names: {remedy}")
+    return None if channels == default else channels
+
+
+def _numbered(bands: Sequence[str]) -> str:
+    return ", ".join(f"{i} ({name})" for i, name in enumerate(bands))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -244,13 +380,13 @@ def _check_folder(name_or_path: str) -> None:
         raise UserError(f"{path}: no such model folder")
 
 
-def _read_config(name_or_path: str, **kwargs):
+def _read_config(name_or_path: str, kind: str = "a teacher", **kwargs):
     _check_folder(name_or_path)
     known = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     try:
         return AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k in known})
     except (OSError, ValueError, KeyError, HFValidationError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded as a teacher ({_first_line(error)})") from error
+        raise UserError(f"{name_or_path}: cannot be loaded as {kind} ({_first_line(error)})") from error
 
 
 def _class_and_config(config, name_or_path: str) -> tuple:
@@ -372,6 +508,63 @@ def _read_architecture(path: str, labels: dict):
     for name, value in labels.items():
         setattr(config, name, value)
     return config
+
+
+def _channel_holders(config) -> list:
+    """The parts of a configuration that say how many bands the images have."""
+    parts = (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None))
+    return [part for part in parts if getattr(part, "num_channels", None) is not None]
+
+
+def _channels(config) -> int:
+    return next((part.num_channels for part in _channel_holders(config)), 3)
+
+
+def _set_channels(config, num_channels: int, what: str) -> None:
+    holders = _channel_holders(config)
+    if not holders and num_channels != 3:
+        raise UserError(
+            f"{what}: model type {config.model_type!r} has no num_channels, so it reads three bands, not {num_channels}: "
+            "choose three with --student_channels, or another model"
+        )
+    for part in holders:
+        part.num_channels = num_channels
+
+
+def _with_bands(model: PreTrainedModel, num_channels: int, bands: Sequence[str] | None, what: str) -> PreTrainedModel:
+    """The model for images of these bands, see `load_student`; itself if it reads them already."""
+    before, names = input_channels(model), bands_of(model.config)
+    if names and bands is not None:
+        kernels = [names.index(name) if name in names else None for name in bands]
+    else:
+        kernels = [i if i < before else None for i in range(num_channels)]
+    if kernels != list(range(before)):
+        state = model.state_dict()
+        first = next((n for n, p in model.named_parameters() if p.ndim == 4 and p.shape[1] == before), None)
+        if first is None:
+            raise UserError(
+                f"{what}: {type(model).__name__} has no convolution of {before} bands that could be changed"
+            )
+        weight = state[first]  # (out, I, h, w)
+        taken = [weight.mean(dim=1) if kernel is None else weight[:, kernel] for kernel in kernels]
+        state[first] = torch.stack(taken, dim=1) * (before / num_channels)
+        config = copy.deepcopy(model.config)
+        _set_channels(config, num_channels, what)
+        changed = type(model)(config).to(model.dtype)
+        try:
+            changed.load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"{what}: {type(model).__name__} cannot be changed from {before} to {num_channels} bands ({reason})"
+            ) from error
+        logger.info("%s: kernels of %s changed from %d to %d bands", what, first, before, num_channels)
+        model = changed
+    if bands is not None:
+        model.config.bands = list(bands)
+    elif num_channels != before and hasattr(model.config, "bands"):
+        del model.config.bands  # the names of others
+    return model
 
 
 def _load_backbone(model: PreTrainedModel, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of segmentations: label maps in class colours and side-by-side comparisons with a legend."""
+"""Pictures of segmentations: label maps in class colours, side-by-side comparisons and contact sheets with a legend."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.preview import PreviewTile
 from drd_hf.errors import UserError
 
 GAP = 12  # pixels between cells and around everything
@@ -113,11 +114,127 @@ def comparison_picture(
             # Around the cell, so that a white class does not run into the paper.
             draw.rectangle((left - 1, upper - 1, left + cell.width, upper + cell.height), outline=OUTLINE)
         top += height + GAP
-    for (name, color), (x, y) in zip(legend, places, strict=True):
-        y += legend_top
-        draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=tuple(color), outline=OUTLINE)
-        draw.text((x + SWATCH + 6, y + SWATCH / 2), name, fill=INK, font=font, anchor="lm")
+    _draw_legend(
+        picture, [(name, Image.new("RGB", (SWATCH, SWATCH), tuple(c))) for name, c in legend], places, legend_top
+    )
     return _save_png(picture, Path(path))
+
+
+def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """An image with its labels over it, half transparent; ignored pixels are hatched in grey.
+
+    Args:
+        image: `(H, W, 3)` uint8.
+        label: `(H, W)` integers 0..K-1, or 255.
+        colors: K RGB colours, 0-255, in label order.
+
+    Returns:
+        `(H, W, 3)` uint8.
+    """
+    blended = (0.5 * image + 0.5 * colorize(label, colors)).astype(np.uint8)
+    rows, columns = np.indices(label.shape, sparse=True)
+    hatch = np.where((rows + columns) % 8 < 3, 60, 170).astype(np.uint8)
+    return np.where((label == IGNORE_INDEX)[..., None], hatch[..., None], blended)
+
+
+def contact_sheet(
+    tiles: Sequence[PreviewTile],
+    title: str,
+    colors: Sequence[tuple[int, int, int]],
+    id2label: Mapping[int | str, str],
+    shares: Mapping[str, float],
+    path: str | os.PathLike,
+    cell_size: int = 224,
+) -> Path:
+    """Write a PNG of tiles, each beside its overlay of labels, under a title and over a legend with the class shares.
+
+    A tile without a reference has an empty cell beside it that says so.
+
+    Args:
+        tiles: from `preview_tiles`.
+        title: wrapped to the width of the sheet.
+        colors: K RGB colours, 0-255, in label order; ignored pixels are hatched in grey.
+        id2label: class names for the legend.
+        shares: share of each class by its name, and of what is ignored under `ignored`; what is missing is left out.
+        path: PNG file to write; its folder is created, and the file appears only when it is whole.
+        cell_size: side of a tile on the sheet, in pixels.
+
+    Returns:
+        `path` as a `Path`.
+
+    Raises:
+        UserError: no tiles, a label without a colour, or a file that cannot be written.
+    """
+    if not tiles:
+        raise UserError("nothing to draw: the split has no tiles")
+    columns = max(1, round(math.sqrt(len(tiles) * 2 / 3)))  # pairs beside each other, for a sheet of about 3:2
+    pair, line_height = 2 * cell_size + 2, TEXT_SIZE + 6
+    width = GAP + columns * (pair + GAP)
+    font, small = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TEXT_SIZE - 4)
+    names = [str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+    swatches = [Image.new("RGB", (SWATCH, SWATCH), tuple(color)) for color in colors]
+    nothing = np.full((SWATCH, SWATCH), IGNORE_INDEX)
+    swatches.append(Image.fromarray(overlay(np.zeros((SWATCH, SWATCH, 3), np.uint8), nothing, colors)))
+    texts = [_legend_text(name, shares) for name in (*names, "ignored")]
+    width = max(width, max(_entry_width(text, font) for text in texts) + 2 * GAP)
+    places, legend_height = _legend_places(texts, font, width)
+    title_lines = _wrap(title, font, width - 2 * GAP)
+    grid_top = 2 * GAP + len(title_lines) * line_height
+    row_height = cell_size + line_height + GAP
+    legend_top = grid_top + math.ceil(len(tiles) / columns) * row_height
+
+    sheet = Image.new("RGB", (width, legend_top + legend_height + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(title_lines):
+        draw.text((GAP, GAP + line_height * i), line, fill=INK, font=font)
+    for i, tile in enumerate(tiles):
+        left, top = GAP + i % columns * (pair + GAP), grid_top + i // columns * row_height
+        for x, cell in zip((left, left + cell_size + 2), _pair_of_cells(tile, colors, cell_size), strict=True):
+            box = (x, top, x + cell_size - 1, top + cell_size - 1)
+            if cell is None:
+                draw.rectangle(box, outline=OUTLINE)
+                draw.text((x + cell_size / 2, top + cell_size / 2), "no label", fill=INK, font=small, anchor="mm")
+            else:
+                sheet.paste(cell, (x + (cell_size - cell.width) // 2, top + (cell_size - cell.height) // 2))
+        draw.text((left, top + cell_size + 3), _shortened(tile.caption, small, pair), fill=INK, font=small)
+    _draw_legend(sheet, list(zip(texts, swatches, strict=True)), places, legend_top)
+    return _save_png(sheet, Path(path))
+
+
+def _pair_of_cells(tile: PreviewTile, colors, cell_size: int) -> tuple[Image.Image, Image.Image | None]:
+    """The tile and its overlay, both at the size of the sheet, so that the hatching is as fine everywhere."""
+    image = _cell(tile.image, colors, cell_size, tile.caption)
+    if tile.label is None:
+        return image, None
+    label = Image.fromarray(np.asarray(tile.label, np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    try:
+        return image, Image.fromarray(overlay(np.asarray(image), np.asarray(label), colors))
+    except UserError as error:
+        raise UserError(f"{tile.caption}: {error}") from None
+
+
+def _legend_text(name: str, shares: Mapping[str, float]) -> str:
+    if name not in shares:
+        return name
+    return f"{name} <0.1%" if 0 < shares[name] < 0.0005 else f"{name} {shares[name]:.1%}"
+
+
+def _shortened(text: str, font, width: int) -> str:
+    """`text`, or its end where it is wider than `width` pixels: the place of a tile stands there."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"…{text}") > width:
+        text = text[1:]
+    return f"…{text}"
+
+
+def _draw_legend(picture: Image.Image, legend: Sequence[tuple[str, Image.Image]], places, top: int) -> None:
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE)
+    for (text, swatch), (x, y) in zip(legend, places, strict=True):
+        y += top
+        picture.paste(swatch, (x, y))
+        draw.rectangle((x, y, x + SWATCH, y + SWATCH), outline=OUTLINE)
+        draw.text((x + SWATCH + 6, y + SWATCH / 2), text, fill=INK, font=font, anchor="lm")
 
 
 def _cell(entry, colors, cell_size: int, where: str) -> Image.Image:

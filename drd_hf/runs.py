@@ -23,12 +23,13 @@ from drd_hf.checkpoints import (
     checkpoint_to_resume,
     newest_complete_checkpoint,
 )
-from drd_hf.data.splits import SegmentationSplits
-from drd_hf.data.transforms import EvalTransform, TrainTransform
+from drd_hf.data.splits import SegmentationSplits, StreamedSegmentationSplits
+from drd_hf.data.streaming import StreamedTiles, tiles_of_files
+from drd_hf.data.transforms import EvalTransform, TrainTransform, normalization_of, undecoded
 from drd_hf.errors import UserError
-from drd_hf.evaluation import EVALUATION_PROTOCOL, evaluate_model, finite_json, milliseconds_per_tile, same_labels
+from drd_hf.evaluation import evaluate_model, finite_json, milliseconds_per_tile, protocol_of, same_labels
 from drd_hf.features import gives_class_scores
-from drd_hf.models import count_parameters
+from drd_hf.models import bands_of, count_parameters, find_channels
 from drd_hf.trainer import SegmentationTrainer
 
 RUN_NAME = "run.json"
@@ -50,11 +51,13 @@ class StartArguments:
         },
     )
     image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Normalisation of the trained model: three values, for images in 0..1."}
+        default=None,
+        metadata={
+            "help": "Normalisation of the trained model: one value for each band, for images in 0..1. Default: that of the "
+            "model if it was made for these bands, else what was measured on the training tiles."
+        },
     )
-    image_std: list[float] | None = field(
-        default=None, metadata={"help": "Normalisation of the trained model: three values, for images in 0..1."}
-    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "The same for the standard deviation."})
 
 
 @dataclass
@@ -69,6 +72,14 @@ class DataArguments:
         default=0.75, metadata={"help": "Crops in which one class covers more than this share are drawn again."}
     )
     photometric: bool = field(default=True, metadata={"help": "Vary brightness, contrast, saturation and hue."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the tiles from the files as they are needed: a dataset on the Hub is not downloaded."},
+    )
+    shuffle_buffer: int = field(
+        default=256,
+        metadata={"help": "Streamed training: tiles among which each loader worker draws the next one, in memory."},
+    )
     evaluate_on: list[str] = field(
         default_factory=lambda: ["validation", "test"],
         metadata={"help": "Splits that the final model is scored on. While choosing settings, leave test out."},
@@ -85,15 +96,21 @@ class DataArguments:
         )
 
 
-def train_and_validation(splits: SegmentationSplits, data: DataArguments) -> dict:
+def train_and_validation(splits: SegmentationSplits | StreamedSegmentationSplits, data: DataArguments) -> dict:
     """`train_dataset` and `eval_dataset` of a trainer, with their transforms."""
     missing = [name for name in ("train", "validation", *data.evaluate_on) if name not in splits]
     if missing:
         raise UserError(f"{data.dataset} has no split {missing[0]!r}, only {', '.join(splits)}: see --evaluate_on")
-    validation = splits["validation"]
+    train, validation = data.train_transform(), EvalTransform(info=splits.info)
+    if isinstance(splits, StreamedSegmentationSplits):
+        files = {split: tiles_of_files(data.dataset, split) for split in ("train", "validation")}
+        return {
+            "train_dataset": StreamedTiles(splits["train"], files["train"], train, data.shuffle_buffer),
+            "eval_dataset": StreamedTiles(splits["validation"], files["validation"], validation),
+        }
     return {
-        "train_dataset": splits["train"].with_transform(data.train_transform()),
-        "eval_dataset": validation.with_transform(EvalTransform(validation)),
+        "train_dataset": undecoded(splits["train"]).with_transform(train),
+        "eval_dataset": undecoded(splits["validation"]).with_transform(validation),
     }
 
 
@@ -199,14 +216,19 @@ def finish_run(
     _save_model(trainer)
     model, tile_size = trainer.model, splits.info.tile_size
     models = {"model": (model, trainer.processing_class), "teacher": teacher, "student_alone": student_alone}
-    channels = args.student_channels, getattr(args, "teacher_channels", None) or args.student_channels
+    channels = dict.fromkeys(models, args.student_channels)
+    channels["teacher"] = getattr(args, "teacher_channels", None) or args.student_channels
+    if student_alone is not None:
+        found = find_channels(student_alone[0], splits.info.bands, "the student alone", default=args.student_channels)
+        channels["student_alone"] = found or args.student_channels
+    protocol = protocol_of(splits.info)
     results = {}
     for name, pair in models.items():
         if pair is None or (name == "teacher" and not _scores(pair[0], splits.info.id2label)):
             continue
         results[name] = {
             split: evaluate_model(
-                *pair, splits[split], args.per_device_eval_batch_size, device, channels[name == "teacher"]
+                *pair, splits[split], args.per_device_eval_batch_size, device, channels[name], info=splits.info
             ).compute()
             for split in data.evaluate_on
         }
@@ -237,24 +259,30 @@ def finish_run(
         "log": trainer.state.log_history,
     }
     distillation = _distillation_settings(trainer)
+    bands = bands_of(model.config) or ()
+    _, mean, std, _ = normalization_of(trainer.processing_class)
+    mean, std = ((values * len(bands))[: len(bands)] for values in (mean, std))  # one value may stand for all bands
     facts = ModelCardFacts(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
         architecture=type(model).__name__,
         num_parameters=run["num_parameters"],
         id2label=splits.info.id2label,
         colors=splits.info.colors,
+        bands=bands,
+        image_mean=mean,
+        image_std=std,
         license=data.license,
         base_model=[base_model] if hub_id(base_model) else [],
         dataset_name=splits.info.name,
         dataset_id=hub_id(data.dataset),
-        dataset_license=splits.info.license,
+        dataset_license="; ".join(filter(None, (splits.info.license, splits.info.terms))) or None,
         teacher=teacher_name,
         teacher_num_parameters=count_parameters(teacher[0]) if teacher else None,
         results=[
             MeasuredResult(
                 dataset=splits.info.name,
                 split=split,
-                protocol=f"{EVALUATION_PROTOCOL}, {tile_size} px",
+                protocol=f"{protocol}, {tile_size} px",
                 metrics=results["model"][split],
                 teacher_metrics=results.get("teacher", {}).get(split),
                 student_alone_metrics=results.get("student_alone", {}).get(split),

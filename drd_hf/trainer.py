@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, number_of_arguments
@@ -33,6 +34,7 @@ from drd_hf.checkpoints import (
     staging_folder,
 )
 from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.streaming import StreamedTiles
 from drd_hf.data.transforms import SegmentationCollator
 from drd_hf.errors import UserError
 from drd_hf.features import FeatureHooks, feature_widths, layers_in_order
@@ -356,7 +358,7 @@ class SegmentationTrainer(Trainer):
         if not file.is_file():
             return
         before, now = json.loads(file.read_text()), self._settings()
-        for name in self.args.kept_on_resume:
+        for name in now:
             if name in before and before[name] != now[name]:
                 raise UserError(
                     f"{checkpoint} was trained with {name}={before[name]} and this run has {now[name]}: resume with the same "
@@ -364,12 +366,42 @@ class SegmentationTrainer(Trainer):
                 )
 
     def _settings(self) -> dict:
-        return json.loads(
-            json.dumps({name: getattr(self.args, name) for name in self.args.kept_on_resume}, default=str)
+        names = list(self.args.kept_on_resume)
+        if isinstance(self.train_dataset, StreamedTiles):  # which decide there what tiles a batch holds
+            names += ["world_size", "dataloader_num_workers"]
+        return json.loads(json.dumps({name: getattr(self.args, name) for name in names}, default=str))
+
+    # A stream splits itself among ranks and loader workers. accelerate would have every rank read and transform all
+    # tiles, or give ranks whole files, of which they have unequally many tiles, and leave the longest waiting for ever.
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        if not isinstance(dataset, StreamedTiles):
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        options = self.args
+        share = dataset.share(
+            options.process_index, options.world_size, batch_size, options.dataloader_drop_last, self._seed_of_data()
+        )
+        loader = DataLoader(
+            share,
+            batch_size,
+            collate_fn=self.data_collator,
+            num_workers=options.dataloader_num_workers,
+            pin_memory=options.dataloader_pin_memory,
+            persistent_workers=options.dataloader_persistent_workers,
+            prefetch_factor=options.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            options.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=options.dataloader_pin_memory,
         )
 
-    # Random crops and flips depend on the seed, the epoch and the place in it: see drd_hf.checkpoints. Datasets without
-    # a length have no sampler and stay with the global random state.
+    # Random crops and flips depend on the seed, the epoch and the place in it: see drd_hf.checkpoints. Other datasets
+    # without a length have no sampler and stay with the global random state.
 
     def get_train_dataloader(self):
         dataset = self.train_dataset
@@ -383,9 +415,11 @@ class SegmentationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if not isinstance(train_dataset, SeededDraws):
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = super()._get_train_sampler(train_dataset.dataset)
-        return SeededSampler(sampler, seed, epoch=lambda: int(self.state.epoch or 0))
+        return SeededSampler(sampler, self._seed_of_data(), epoch=lambda: int(self.state.epoch or 0))
+
+    def _seed_of_data(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # Trainer writes a checkpoint file by file under its name. Here it writes into a staging folder, and the checkpoint
     # gets its name when it is whole.

@@ -20,6 +20,7 @@ from drd_hf import (
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
 from drd_hf.evaluation import check_labels
+from drd_hf.models import find_channels, select_bands
 from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_run, train_and_validation, train_run
 
 
@@ -50,16 +51,23 @@ def main() -> None:
     resume = check_output_dir(args, data.overwrite)
     set_seed(args.seed)
 
-    splits = load_splits(data.dataset)
-    student = load_student(models.student, splits.info.id2label, models.pretrained_weights)
-    processor = load_image_processor(models.student, models.image_mean, models.image_std, models.pretrained_weights)
+    splits = load_splits(data.dataset, data.streaming)
+    bands = select_bands(splits.info.bands, args.student_channels)
+    student = load_student(models.student, splits.info.id2label, models.pretrained_weights, bands=bands)
+    processor = load_image_processor(
+        models.student, models.image_mean, models.image_std, models.pretrained_weights, bands=bands, info=splits.info
+    )
     teacher = load_teacher(models.teacher)
     teacher_processor = load_image_processor(models.teacher)
+    args.teacher_channels = find_channels(
+        teacher, splits.info.bands, models.teacher, "teacher_channels", args.teacher_channels, args.student_channels
+    )
 
     student_alone = None
     if models.student_alone:
         student_alone = load_teacher(models.student_alone), load_image_processor(models.student_alone)
         check_labels(student_alone[0], splits.info.id2label, models.student_alone)
+        find_channels(student_alone[0], splits.info.bands, models.student_alone, default=args.student_channels)
 
     trainer = DistillationTrainer(
         student,

@@ -1,88 +1,102 @@
 """Cut a dataset into tiles and write it as parquet files with a dataset card.
 
+ISPRS Potsdam and Vaihingen, and Cityscapes, from the zip files as downloaded or from folders:
+    python scripts/prepare_dataset.py --dataset potsdam --source PATH --output data/potsdam --num_proc 8
+
 A folder of images and masks, described by a layout file:
     python scripts/prepare_dataset.py --dataset folder --source PATH --layout layout.yaml --output data/mine --num_proc 8
 
 Generated scenes, nothing to download:
     python scripts/prepare_dataset.py --dataset scenes --output data/scenes --tile_size 256
 
-The output is read with `drd_hf.load_splits` and can be uploaded to the Hub as it is.
+A conversion that was stopped goes on where it was when the same command is given again. The output is read with
+`drd_hf.load_splits`.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
-from drd_hf.data.folder import find_pairs, read_layout, read_pair
+from drd_hf.data.cityscapes import find_cityscapes
+from drd_hf.data.facts import POTSDAM, VAIHINGEN
+from drd_hf.data.folder import find_pairs, folder_reader, read_layout
+from drd_hf.data.isprs import find_isprs
 from drd_hf.data.prepare import prepare_dataset
-from drd_hf.data.scenes import SCENES, generate_scene
+from drd_hf.data.scenes import SCENES, SceneReader, scene_records
 from drd_hf.errors import UserError, run_script
+from drd_hf.hub import push_dataset
+
+ISPRS = {"potsdam": POTSDAM, "vaihingen": VAIHINGEN}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, choices=["folder", "scenes"], help="what to prepare")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--tile_size", type=int, default=512, help="side of a tile in pixels (default: 512)")
-    parser.add_argument("--stride", type=int, help="pixels from one tile to the next (default: the tile size)")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="resample images before cutting; 0.5 halves the resolution (default: 1)",
-    )
-    parser.add_argument("--num_proc", type=int, default=1, help="processes; the result is the same (default: 1)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset that was written to --output before"
-    )
+    add = parser.add_argument
+    add("--dataset", required=True, choices=[*ISPRS, "cityscapes", "folder", "scenes"], help="what to prepare")
+    add("--source", type=Path, help="folder with the images and masks, or with the zip files, or a zip file")
+    add("--output", required=True, type=Path, help="folder to write")
+    add("--tile_size", type=int, default=512, help="side of a tile in pixels (default: 512)")
+    add("--stride", type=int, help="pixels from one tile to the next (default: the tile size)")
+    add("--scale", type=float, default=1.0, help="resample before cutting; 0.5 halves the resolution (default: 1)")
+    add("--num_proc", type=int, default=1, help="processes; the result is the same (default: 1)")
+    add("--overwrite", action="store_true", help="replace a dataset that was written to --output before")
+    add("--skip_broken", action="store_true", help="leave out images that cannot be read, and list them")
+    add("--push_to_hub", metavar="REPO", help="upload the result to this dataset repository of the Hub")
+    add("--i_have_the_right", action="store_true", help="upload pixels whose terms forbid it (private by default)")
+    add("--public", action="store_true", help="make the uploaded repository public")
 
-    folder = parser.add_argument_group("--dataset folder")
-    folder.add_argument("--source", type=Path, help="folder that holds the images and masks")
-    folder.add_argument("--layout", type=Path, help="YAML file: which files pair up, mask values of classes, splits")
-    folder.add_argument(
+    add = parser.add_argument_group("--dataset potsdam, vaihingen").add_argument
+    add("--bands", help="imagery to take: RGB, IRRG or RGBIR of Potsdam (default: RGB), IRRG of Vaihingen")
+    add("--height", action="store_true", help="add the normalised height as a further band")
+    add("--reference", choices=["full", "eroded", "both"], help="labels (default: both where there are eroded ones)")
+    add("--validation_tiles", nargs="*", help="training tiles for validation (default: Potsdam 2_10, Vaihingen 30)")
+    add("--leave_out", nargs="*", default=[], help="tiles to leave out, for example 7_10 of Potsdam")
+
+    add = parser.add_argument_group("--dataset cityscapes").add_argument
+    add("--with_test", action="store_true", help="keep the test images, which have no labels")
+
+    add = parser.add_argument_group("--dataset folder").add_argument
+    add("--layout", type=Path, help="YAML file: which files pair up, mask values of classes, splits")
+    add(
         "--unknown",
         choices=["error", "ignore"],
         default="error",
         help="mask values that the layout does not name: stop, or ignore these pixels (default: error)",
     )
 
-    scenes = parser.add_argument_group("--dataset scenes")
-    scenes.add_argument(
-        "--scenes_train", type=int, default=24, help="training scenes, 0 for no such split (default: 24)"
-    )
-    scenes.add_argument("--scenes_validation", type=int, default=6, help="validation scenes (default: 6)")
-    scenes.add_argument("--scenes_test", type=int, default=8, help="test scenes (default: 8)")
-    scenes.add_argument("--scene_size", type=int, default=384, help="side of a scene in pixels (default: 384)")
-    scenes.add_argument("--seed", type=int, default=0, help="seed; no scene is in two splits (default: 0)")
+    add = parser.add_argument_group("--dataset scenes").add_argument
+    add("--scenes_train", type=int, default=24, help="training scenes, 0 for no such split (default: 24)")
+    add("--scenes_validation", type=int, default=6, help="validation scenes (default: 6)")
+    add("--scenes_test", type=int, default=8, help="test scenes (default: 8)")
+    add("--scene_size", type=int, default=384, help="side of a scene in pixels (default: 384)")
+    add("--seed", type=int, default=0, help="seed; no scene is in two splits (default: 0)")
     return parser.parse_args()
 
 
-def folder_sources(args: argparse.Namespace):
-    if args.source is None or args.layout is None:
-        raise UserError("--dataset folder needs --source and --layout")
-    layout = read_layout(args.layout)
-    reader = partial(read_pair, layout=layout, unknown=args.unknown)
-    return find_pairs(layout, args.source), reader, layout.facts(name=args.source.resolve().name)
-
-
-def scene_sources(args: argparse.Namespace):
-    counts = {"train": args.scenes_train, "validation": args.scenes_validation, "test": args.scenes_test}
-    if args.seed < 0 or any(not 0 <= count <= 10_000 for count in counts.values()):
-        raise UserError("--seed must be at least 0 and the numbers of scenes 0 to 10000")
-    # 30,000 seeds for each --seed and 10,000 for each split: disjoint between both.
-    first = {split: 30_000 * args.seed + 10_000 * i for i, split in enumerate(counts)}
-    sources = {split: range(first[split], first[split] + count) for split, count in counts.items() if count}
-    return sources, partial(read_scene, size=args.scene_size), SCENES
-
-
-def read_scene(seed: int, size: int):
-    image, label = generate_scene(seed, size)
-    return image, label, f"scene_{seed:06d}", {}
+def find_sources(args: argparse.Namespace):
+    """Records of each split, their reader, the facts of the dataset, and notes for its card."""
+    if args.dataset == "scenes":
+        counts = {"train": args.scenes_train, "validation": args.scenes_validation, "test": args.scenes_test}
+        return scene_records(counts, args.seed), SceneReader(args.scene_size), SCENES, []
+    if args.source is None or (args.dataset == "folder" and args.layout is None):
+        raise UserError(f"--dataset {args.dataset} needs --source{' and --layout' * (args.dataset == 'folder')}")
+    if args.dataset == "folder":
+        layout = read_layout(args.layout)
+        sources = find_pairs(layout, args.source)
+        reader = folder_reader(layout, sources, args.unknown)
+        return sources, reader, layout.facts(name=args.source.resolve().name), []
+    if args.dataset == "cityscapes":
+        return find_cityscapes(args.source, args.with_test)
+    facts, chosen = ISPRS[args.dataset], (args.validation_tiles, args.leave_out)
+    return find_isprs(facts, args.source, args.bands, args.height, args.reference, *chosen)
 
 
 def main() -> None:
     args = parse_args()
-    sources, reader, facts = folder_sources(args) if args.dataset == "folder" else scene_sources(args)
+    sources, reader, facts, notes = find_sources(args)
+    if args.push_to_hub and not facts.may_be_shared and not args.i_have_the_right:
+        raise UserError(
+            f"the terms of {facts.name} forbid to upload its pixels; --i_have_the_right if they do not for you"
+        )
     info = prepare_dataset(
         sources,
         reader,
@@ -93,6 +107,8 @@ def main() -> None:
         scale=args.scale,
         num_proc=args.num_proc,
         overwrite=args.overwrite,
+        skip_broken=args.skip_broken,
+        notes=notes,
     )
     for split, tiles in info.num_tiles.items():
         shares = ", ".join(f"{name} {share:.1%}" for name, share in info.pixel_shares[split].items())
@@ -101,7 +117,13 @@ def main() -> None:
         )
     if info.unknown_pixels:
         print("ignored pixels of unknown value:", ", ".join(f"{k}: {v}" for k, v in info.unknown_pixels.items()))
+    for name, pixels in info.off_palette_pixels.items():
+        print(f"{name}: {pixels} label pixels are off the palette and took the nearest colour")
     print(f"written to {args.output}")
+    if args.push_to_hub:
+        private = False if args.public else None if facts.may_be_shared else True
+        right = args.i_have_the_right
+        print("uploaded to", push_dataset(args.output, args.push_to_hub, private=private, i_have_the_right=right))
 
 
 if __name__ == "__main__":

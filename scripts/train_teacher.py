@@ -11,6 +11,7 @@ from transformers import set_seed
 from drd_hf import SegmentationConfig, SegmentationTrainer, load_image_processor, load_splits, load_student
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
+from drd_hf.models import select_bands
 from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_run, train_and_validation, train_run
 
 
@@ -30,10 +31,16 @@ def main() -> None:
     resume = check_output_dir(args, data.overwrite)
     set_seed(args.seed)
 
-    splits = load_splits(data.dataset)
-    model = load_student(model_args.model, splits.info.id2label, model_args.pretrained_weights)
+    splits = load_splits(data.dataset, data.streaming)
+    bands = select_bands(splits.info.bands, args.student_channels)
+    model = load_student(model_args.model, splits.info.id2label, model_args.pretrained_weights, bands=bands)
     processor = load_image_processor(
-        model_args.model, model_args.image_mean, model_args.image_std, model_args.pretrained_weights
+        model_args.model,
+        model_args.image_mean,
+        model_args.image_std,
+        model_args.pretrained_weights,
+        bands=bands,
+        info=splits.info,
     )
 
     trainer = SegmentationTrainer(model, args, processing_class=processor, **train_and_validation(splits, data))

@@ -1,18 +1,22 @@
 """The commands that produce the figures run, and their plain definitions are the definitions."""
 
+import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from drd_hf.relations import channel_relation_distance, spatial_relation_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import peers  # noqa: E402
+from benchmarks import data, peers  # noqa: E402
 
 
 def run(script, *options):
@@ -65,3 +69,31 @@ def test_the_benchmark_of_a_step_prints_a_table_and_writes_json(tmp_path):
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["share_of_teacher_and_student"]["DRD, default settings"] > 0
     assert "DistillationTrainer, whole step" in printed
+
+
+def test_the_peer_of_feeding_gives_what_the_package_gives():
+    # A peer that does less would make the ratio a lie: same shapes, one pixel of image to each of the label.
+    label = np.kron(np.random.default_rng(0).integers(0, 6, (8, 8)), np.ones((64, 64))).astype(np.uint8)
+    row = {}
+    for name, pixels in (("image", np.repeat(40 * label[..., None], 3, axis=-1).astype(np.uint8)), ("label", label)):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        row[name] = {"bytes": file.getvalue(), "path": None}
+    rng = random.Random(0)
+    for _ in range(4):
+        image, labels = data.peer(row, rng)
+        assert image.shape == (3, 512, 512) and image.dtype == torch.float32
+        assert labels.shape == (512, 512) and labels.dtype == torch.int64
+        grey = image[0] * data.STD[0] + data.MEAN[0]
+        means = [grey[labels == c].mean().item() for c in range(6) if (labels == c).any()]
+        assert means == sorted(means), "classes stay in the order of their grey values under any jitter"
+        assert grey[labels == 255].numel() == 0 or grey[labels == 255].median() < 0.01
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_prints_tables_and_writes_json(tmp_path):
+    printed = run("data.py", "--side", "700", "--rounds", "1", "--tiles", "2", "--output", tmp_path / "d.json")
+    report = json.loads((tmp_path / "d.json").read_text())
+    assert report["labels_byte_exact"] and report["peak_megabytes"] > report["idle_megabytes"] > 0
+    assert set(report["conversion_seconds"]) == {"plain", "package", "floor"}
+    assert "labels are byte-exact" in printed and "package over Pillow and NumPy" in printed

@@ -39,6 +39,9 @@ DISTILLED = replace(
     PLAIN,
     model_name="someone/tiny-potsdam",
     colors=[(0, 0, 255), (0, 255, 255)],
+    bands=["near_infrared", "red", "green"],
+    image_mean=[0.5, 0.25, 0.125],
+    image_std=[0.2, 0.2, 0.1],
     license="apache-2.0",
     base_model=["nvidia/mit-b0", "/home/someone/checkpoint-5"],
     tags=["isprs"],
@@ -152,6 +155,16 @@ One tile of 256 x 256 pixels takes 12.3 ms (measured on 1 CPU core).
 
 Pixels with the label 255 were ignored.
 
+## Input
+
+8-bit images with these 3 bands in this order; the image processor scales values to 0..1 and normalises each band. The names are in `config.json` as `bands`.
+
+| | Band | mean | standard deviation |
+|---:|---|---:|---:|
+| 1 | near_infrared | 0.5000 | 0.2000 |
+| 2 | red | 0.2500 | 0.2000 |
+| 3 | green | 0.1250 | 0.1000 |
+
 ## How it was distilled
 
 Dual Relation Distillation aligns the spatial and channel relation maps of the student's features with those of the teacher's. It is needed in training only and costs nothing at inference.
@@ -206,7 +219,7 @@ with torch.inference_mode():
 label = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]  # (H, W) class ids
 ```
 
-Pictures are read as RGB at their native resolution. Cut large pictures into tiles, or let `drd_hf.predict_image` do it.
+Pictures are read with near_infrared, red, green in the place of red, green, blue, at their native resolution. Cut large pictures into tiles, or let `drd_hf.predict_image` do it.
 
 ## Limits
 
@@ -270,6 +283,7 @@ def test_a_model_distilled_with_other_losses_does_not_claim_the_method():
     ("facts", "gone"),
     [
         ({"results": [], "timing": None}, ["Results"]),
+        ({"bands": (), "image_mean": (), "image_std": ()}, ["Input"]),
         ({"dataset_license": None, "dataset_citation": None}, ["Terms of the data"]),
         (
             {"training": {}, "seed": None, "steps": None, "hardware": None, "versions": {}, "command": None},
@@ -398,6 +412,28 @@ def test_two_protocols_of_one_split_are_told_apart_by_name():
     assert found == {"mIoU (test, tiles of 256, each pixel once)": 0.75321, "mIoU (test, borders left out)": 0.8}
     with pytest.raises(UserError, match="name what differs in the protocol"):
         render_model_card(replace(DISTILLED, results=[RESULT, RESULT]))
+
+
+def test_red_green_blue_is_called_rgb():
+    for bands in ((), ("red", "green", "blue")):
+        assert "Pictures are read as RGB at" in render_model_card(replace(PLAIN, bands=bands))
+
+
+def test_bands_that_are_not_normalised_have_no_statistics():
+    card = render_model_card(replace(DISTILLED, image_mean=(), image_std=()))
+    assert "| | Band |\n|---:|---|\n| 1 | near_infrared |\n| 2 | red |" in card and "normalises" not in card
+
+
+def test_every_band_needs_its_statistics():
+    with pytest.raises(UserError, match="image_mean: 2 values for 3 bands"):
+        render_model_card(replace(DISTILLED, image_mean=[0.5, 0.5]))
+
+
+def test_pictures_are_not_promised_to_models_of_five_bands():
+    card = render_model_card(replace(PLAIN, bands=["red", "green", "blue", "near_infrared", "height\n```"]))
+    assert "import pipeline" not in card and "Pictures" not in card
+    assert "image = file.read()  # uint8 (5, H, W): red, green, blue, near_infrared, height ```\n" in card
+    assert "\n\n\n" not in card
 
 
 def test_every_class_needs_a_colour():

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import MobileNetV2ImageProcessor, SegformerImageProcessor
+from transformers import AutoModelForSemanticSegmentation, MobileNetV2ImageProcessor, SegformerImageProcessor
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from drd_hf.errors import UserError
@@ -16,6 +16,8 @@ PROCESSOR = SegformerImageProcessor(do_resize=True, size={"height": 16, "width":
 
 class ColourModel(nn.Module):
     """Class k where channel k is the brightest: a pixel-wise model, whose answer no window can change."""
+
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
         super().__init__()
@@ -68,7 +70,25 @@ def test_blended_windows_have_softer_seams_than_cut_ones():
 
 def test_wrong_images_and_windows_are_refused():
     for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)):
-        with pytest.raises(UserError, match="RGB uint8"):
+        with pytest.raises(UserError, match=r"the model reads 3 bands: pass a uint8 array \(H, W, 3\), not"):
             predict_image(ColourModel(), PROCESSOR, image)
     with pytest.raises(UserError, match="overlap=1"):
         predict_image(ColourModel(), PROCESSOR, np.zeros((4, 4, 3), np.uint8), overlap=1)
+
+
+def test_images_of_five_bands_are_normalised_band_by_band():
+    config = tiny_config("segformer")
+    config.num_channels, config.bands = 5, ["red", "green", "blue", "near_infrared", "height"]
+    model = AutoModelForSemanticSegmentation.from_config(config).eval()
+    mean, std = np.array([0.1, 0.2, 0.3, 0.4, 0.5]), np.array([0.2, 0.3, 0.2, 0.3, 0.2])
+    processor = SegformerImageProcessor(image_mean=mean.tolist(), image_std=std.tolist())
+    image = np.random.default_rng(4).integers(0, 256, (64, 64, 5), dtype=np.uint8)
+    pixels = torch.from_numpy((image / 255 - mean) / std).float().permute(2, 0, 1)[None]
+    logits = nn.functional.interpolate(model(pixel_values=pixels).logits, size=(64, 64), mode="bilinear")
+    probabilities = predict_image(model, processor, image, 64, return_probabilities=True)[1]
+    np.testing.assert_allclose(probabilities, logits.softmax(1)[0].detach().numpy(), atol=1e-5)
+
+    with pytest.raises(UserError, match=r"5 bands \(red, green, blue, near_infrared, height\): pass .*5\), not uint8"):
+        predict_image(model, processor, image[..., :3])
+    with pytest.raises(UserError, match="a PIL image cannot hold"):
+        predict_image(model, processor, Image.fromarray(image[..., :3]))

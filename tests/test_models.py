@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoBackbone,
+    AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     BertConfig,
     BertModel,
@@ -17,6 +18,7 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     HGNetV2Config,
+    MobileViTImageProcessor,
     SegformerForImageClassification,
     SegformerImageProcessor,
     ViTConfig,
@@ -25,11 +27,23 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from drd_hf.data.splits import SegmentationInfo
 from drd_hf.errors import UserError
 from drd_hf.features import FeatureHooks, feature_widths
-from drd_hf.models import default_feature_layer, load_image_processor, load_student, load_teacher
+from drd_hf.models import (
+    bands_of,
+    default_feature_layer,
+    find_channels,
+    load_image_processor,
+    load_student,
+    load_teacher,
+    select_bands,
+)
 
-from .conftest import ENCODERS, LABELS, VIT, tiny_config, tiny_encoder, tiny_model, tiny_universal
+from .conftest import ENCODERS, LABELS, SEGMENTERS, VIT, known, tiny_config, tiny_encoder, tiny_model, tiny_universal
+
+FIVE = ("red", "green", "blue", "near_infrared", "height")
+IRRG = ("near_infrared", "red", "green")
 
 
 @pytest.fixture
@@ -211,7 +225,7 @@ def test_a_student_checkpoint_ignores_255_whatever_it_ignored_before(tmp_path):
 def test_a_model_trained_without_normalisation_stays_so(tmp_path):
     SegformerImageProcessor(do_normalize=False).save_pretrained(tmp_path)
     assert not load_image_processor(str(tmp_path)).do_normalize
-    with pytest.raises(UserError, match="three values"):
+    with pytest.raises(UserError, match="give 3 values"):
         load_image_processor(str(tmp_path), image_mean=[0.5])
 
 
@@ -362,3 +376,191 @@ def test_models_of_one_image_size_name_it(tmp_path):
         model(pixel_values=torch.zeros(1, 3, 64, 64))
         with pytest.raises(UserError, match="images of 64x64 pixels only, not of 96x128"):
             model(pixel_values=torch.zeros(1, 3, 96, 128))
+
+
+def info_of(bands, **values):
+    """What a dataset's card says of its bands; the rest does not matter here."""
+    rest = dict.fromkeys(("num_tiles", "num_sources", "pixel_shares", "ignored_shares"), {})
+    return SegmentationInfo("x", dict(LABELS), ((0, 0, 0),) * 3, 255, 64, 64, 1.0, **rest, bands=bands, **values)
+
+
+def side_of(model) -> int:
+    return model.config.image_size if isinstance(getattr(model.config, "image_size", None), int) else 64
+
+
+def first_kernels(model):
+    return next(p for p in model.parameters() if p.ndim == 4)
+
+
+@pytest.mark.parametrize("family", [name for name in SEGMENTERS if known(name)])
+def test_every_family_reads_five_bands_and_is_loaded_again_by_plain_transformers(family, tmp_path):
+    tiny_model(family, seed=3).save_pretrained(tmp_path / "three")
+    student = load_student(str(tmp_path / "three"), LABELS, bands=FIVE).eval()
+    images = torch.rand(1, 5, side_of(student), side_of(student))
+    student.save_pretrained(tmp_path / "five")
+    again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "five").eval()
+    assert again.config.bands == list(FIVE)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixel_values=images).logits, student(pixel_values=images).logits)
+
+
+@pytest.mark.parametrize("family", ["segformer", "upernet on timm", "mobilenet_v2", "beit"])
+def test_grey_images_look_the_same_to_a_model_of_three_and_of_five_bands(family, tmp_path):
+    # With the same value in all bands, the sum over the kernels is what counts, and the widening keeps it.
+    tiny_model(family, seed=3).save_pretrained(tmp_path)
+    before = load_student(str(tmp_path)).eval()
+    after = load_student(str(tmp_path), num_channels=5).eval()
+    grey = torch.rand(1, 1, side_of(before), side_of(before))
+    with torch.no_grad():
+        expected = before(pixel_values=grey.expand(-1, 3, -1, -1)).logits
+        torch.testing.assert_close(after(pixel_values=grey.expand(-1, 5, -1, -1)).logits, expected)
+
+
+def test_first_three_bands_keep_their_kernels_and_further_ones_get_the_mean(tmp_path):
+    trained = tiny_model("segformer", seed=3)
+    trained.save_pretrained(tmp_path)
+    student = load_student(str(tmp_path), num_channels=5)
+    old, new = first_kernels(trained), first_kernels(student)
+    torch.testing.assert_close(new[:, :3], old * 3 / 5)
+    for band in (3, 4):
+        torch.testing.assert_close(new[:, band], (old[:, 0] + old[:, 1] + old[:, 2]) / 5)
+    same = {n: p for n, p in trained.named_parameters() if p is not old}
+    assert len(same) > 50 and all(torch.equal(student.get_parameter(n), p) for n, p in same.items())
+
+
+def test_weights_for_an_architecture_file_are_widened_too(tmp_path, architecture):
+    trained = tiny_model("segformer", seed=3)
+    trained.save_pretrained(tmp_path / "checkpoint")
+    student = load_student(architecture, LABELS, str(tmp_path / "checkpoint"), bands=FIVE)
+    torch.testing.assert_close(first_kernels(student)[:, :3], first_kernels(trained) * 3 / 5)
+
+
+def test_backbone_weights_are_widened_too(tmp_path):
+    config, trained = tiny_config("upernet").to_dict(), tiny_model("upernet", seed=5)
+    kept = ("model_type", "backbone_config", "hidden_size", "use_auxiliary_head")
+    (tmp_path / "upernet.json").write_text(json.dumps({name: config[name] for name in kept}))
+    save_file({k: v.contiguous() for k, v in trained.backbone.state_dict().items()}, tmp_path / "b.safetensors")
+    student = load_student(str(tmp_path / "upernet.json"), LABELS, str(tmp_path / "b.safetensors"), bands=FIVE)
+    torch.testing.assert_close(first_kernels(student)[:, :3], first_kernels(trained) * 3 / 5)
+
+
+def test_a_checkpoint_of_five_bands_is_loaded_as_it_is(tmp_path, architecture):
+    trained = load_student(architecture, LABELS, bands=FIVE)
+    trained.save_pretrained(tmp_path / "five")
+    for student in (
+        load_student(str(tmp_path / "five"), bands=FIVE),
+        load_student(str(tmp_path / "five")),
+        load_student(str(tmp_path / "five"), num_channels=5),
+        load_student(architecture, LABELS, str(tmp_path / "five"), bands=FIVE),
+    ):
+        assert bands_of(student.config) == list(FIVE)
+        assert torch.equal(first_kernels(student), first_kernels(trained))
+
+
+def test_an_architecture_file_that_names_its_channels_gets_them(tmp_path, architecture):
+    # The first convolution of a file with num_channels stayed random when it started from weights of three bands.
+    trained = tiny_model("segformer", seed=3)
+    trained.save_pretrained(tmp_path / "checkpoint")
+    values = json.loads(Path(architecture).read_text()) | {"num_channels": 4}
+    Path(architecture).write_text(json.dumps(values))
+    student = load_student(architecture, LABELS, str(tmp_path / "checkpoint"))
+    torch.testing.assert_close(first_kernels(student)[:, :3], first_kernels(trained) * 3 / 4)
+
+
+def test_kernels_follow_the_names_of_the_bands(tmp_path, architecture):
+    trained = load_student(architecture, LABELS, bands=FIVE)
+    trained.save_pretrained(tmp_path / "five")
+    student = load_student(str(tmp_path / "five"), bands=IRRG)
+    torch.testing.assert_close(first_kernels(student), first_kernels(trained)[:, [3, 0, 1]] * 5 / 3)
+    swapped = load_student(str(tmp_path / "five"), bands=FIVE[::-1])
+    assert torch.equal(first_kernels(swapped), first_kernels(trained).flip(1))
+    unnamed = load_student(str(tmp_path / "five"), num_channels=3)
+    torch.testing.assert_close(first_kernels(unnamed), first_kernels(trained)[:, :3] * 5 / 3)
+    assert bands_of(unnamed.config) is None
+
+
+def test_photographs_weights_read_infrared_red_green_in_the_place_of_red_green_blue(tmp_path):
+    trained = tiny_model("segformer", seed=3)
+    trained.save_pretrained(tmp_path)
+    student = load_student(str(tmp_path), bands=IRRG)
+    assert torch.equal(first_kernels(student), first_kernels(trained)) and student.config.bands == list(IRRG)
+
+
+def test_wrong_numbers_of_bands_are_refused(tmp_path, architecture):
+    with pytest.raises(UserError, match="num_channels=3 with 5 names"):
+        load_student(architecture, LABELS, num_channels=3, bands=FIVE)
+    with pytest.raises(UserError, match="num_channels=0"):
+        load_student(architecture, LABELS, num_channels=0)
+
+
+def test_statistics_are_measured_ones_for_bands_that_the_model_was_not_made_for(tmp_path, architecture):
+    info = info_of(FIVE, band_mean=(0.1, 0.2, 0.3, 0.4, 0.5), band_std=(0.2, 0.2, 0.2, 0.3, 0.0))
+    processor = load_image_processor(architecture, bands=FIVE, info=info)
+    assert processor.image_mean == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert processor.image_std == [0.2, 0.2, 0.2, 0.3, 1.0]  # a band of one value is not divided by its 0
+    processor.save_pretrained(tmp_path)
+    again = AutoImageProcessor.from_pretrained(tmp_path)
+    assert (list(again.image_mean), list(again.image_std)) == (processor.image_mean, processor.image_std)
+    some = load_image_processor(architecture, bands=IRRG, info=info)
+    assert (some.image_mean, some.image_std) == ([0.4, 0.1, 0.2], [0.3, 0.2, 0.2])
+    given = load_image_processor(architecture, [0.5] * 5, bands=FIVE, info=info)
+    assert (given.image_mean, given.image_std) == ([0.5] * 5, processor.image_std)
+
+
+def test_a_pretrained_normalisation_is_kept_for_the_bands_it_was_made_for(tmp_path, architecture):
+    info = info_of(FIVE, band_mean=(0.1, 0.2, 0.3, 0.4, 0.5), band_std=(0.2,) * 5)
+    SegformerImageProcessor(image_mean=[0.7] * 3).save_pretrained(tmp_path)
+    tiny_model("segformer").save_pretrained(tmp_path)
+    assert list(load_image_processor(str(tmp_path), bands=FIVE[:3], info=info).image_mean) == [0.7] * 3
+    assert load_image_processor(str(tmp_path), bands=IRRG, info=info).image_mean == [0.4, 0.1, 0.2]
+    load_student(architecture, LABELS, bands=IRRG).save_pretrained(tmp_path)  # now made for infrared, red, green
+    assert list(load_image_processor(str(tmp_path), bands=IRRG, info=info).image_mean) == [0.7] * 3
+    assert load_image_processor(str(tmp_path), bands=FIVE[:3], info=info).image_mean == [0.1, 0.2, 0.3]
+
+
+def test_bands_without_statistics_are_refused(tmp_path, architecture):
+    with pytest.raises(UserError, match="no band_mean of the bands .*height is known: give image_mean"):
+        load_image_processor(architecture, bands=FIVE, info=info_of(FIVE))
+    with pytest.raises(UserError, match=r"image_mean \[0.5, 0.5, 0.5\]: give 5 values"):
+        load_image_processor(architecture, [0.5] * 3, [0.5] * 5, bands=FIVE)
+    MobileViTImageProcessor().save_pretrained(tmp_path)
+    tiny_model("mobilevit").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reverses the order of three bands"):
+        load_image_processor(str(tmp_path), bands=FIVE, info=info_of(FIVE))
+
+
+def test_a_model_finds_its_channels_by_the_names_of_the_bands(architecture):
+    model = load_student(architecture, LABELS, bands=IRRG)
+    assert find_channels(model, FIVE, "m") == [3, 0, 1]
+    assert find_channels(model, IRRG, "m") is None
+    assert find_channels(model, FIVE, "m", "channels", chosen=[2, 1, 0]) == [2, 1, 0]
+    with pytest.raises(
+        UserError, match=r"m reads the bands near_infrared, red, green, and there is no near_infrared.*--channels"
+    ):
+        find_channels(model, FIVE[:3], "m", "channels")
+    with pytest.raises(UserError, match="m reads 3 bands, --channels names 2"):
+        find_channels(model, FIVE, "m", "channels", chosen=[0, 1])
+    with pytest.raises(UserError, match=r"--channels \[0, 1, 5\]: the dataset has the channels 0 \(red\)"):
+        find_channels(model, FIVE, "m", "channels", chosen=[0, 1, 5])
+
+
+def test_a_model_without_names_reads_all_bands_or_red_green_blue():
+    model = tiny_model("segformer")
+    assert find_channels(model, IRRG, "m") is None
+    assert find_channels(model, FIVE[::-1], "m") == [4, 3, 2]
+    assert find_channels(model, FIVE, "m", default=[3, 0, 1]) is None  # what a teacher's student reads
+    assert find_channels(model, FIVE, "m", default=[3, 0]) == [0, 1, 2]
+    with pytest.raises(UserError, match="m reads 3 bands, of which it does not give the names"):
+        find_channels(model, (*IRRG, "height"), "m")
+
+
+def test_a_teacher_that_reads_more_than_its_student_names_all_its_channels(architecture):
+    # None means to the trainer: the channels of the student.
+    teacher = load_student(architecture, LABELS, bands=FIVE)
+    assert find_channels(teacher, FIVE, "m", default=[0, 1, 2]) == [0, 1, 2, 3, 4]
+
+
+def test_chosen_channels_have_the_names_of_the_dataset():
+    assert select_bands(FIVE, None) == list(FIVE) and select_bands(FIVE, [3, 0]) == ["near_infrared", "red"]
+    with pytest.raises(UserError, match=r"--student_channels \[-1\]"):
+        select_bands(FIVE, [-1])

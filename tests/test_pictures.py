@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from drd_hf.data.preview import PreviewTile
 from drd_hf.errors import UserError
-from drd_hf.pictures import _wrap, colorize, comparison_picture
+from drd_hf.pictures import _legend_text, _shortened, _wrap, colorize, comparison_picture, contact_sheet, overlay
 
 COLORS = [(255, 255, 255), (0, 0, 255), (250, 10, 20)]
 ID2LABEL = {0: "impervious_surface", 1: "building", 2: "car"}
@@ -109,3 +110,60 @@ def test_only_the_picture_is_left_in_its_folder(tmp_path):
     for _ in range(2):  # the second one replaces the first
         comparison_picture([[np.zeros((4, 4), int)]], ["x"], COLORS, ID2LABEL, tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_an_overlay_is_half_image_and_half_colour_and_ignored_pixels_are_grey_stripes():
+    image = np.full((16, 16, 3), (100, 40, 0), np.uint8)
+    label = np.ones((16, 16), np.uint8)
+    label[8:] = 255
+    drawn = overlay(image, label, COLORS)
+    assert (drawn[:8] == (50, 20, 127)).all()
+    greys = {tuple(pixel) for pixel in drawn[8:].reshape(-1, 3).tolist()}
+    assert greys == {(60, 60, 60), (170, 170, 170)}
+
+
+def tile(label, caption="a.tif (0, 0)"):
+    return PreviewTile(np.full((32, 32, 3), PINK, np.uint8), label, caption)
+
+
+def test_a_contact_sheet_shows_every_tile_beside_its_overlay(tmp_path):
+    tiles = [tile(np.ones((32, 32), np.uint8)) for _ in range(5)]
+    path = contact_sheet(tiles, "two words", COLORS, ID2LABEL, {"building": 0.5}, tmp_path / "new" / "a.png", 64)
+    with Image.open(path) as picture:
+        assert color_count(picture, PINK) == 5 * 64 * 64
+        assert color_count(picture, (127, 0, 255)) == 5 * 64 * 64  # half pink, half blue
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_a_tile_without_labels_stands_beside_an_empty_cell(tmp_path):
+    with Image.open(contact_sheet([tile(None)], "x", COLORS, ID2LABEL, {}, tmp_path / "a.png", 64)) as picture:
+        assert color_count(picture, PINK) == 64 * 64
+        assert color_count(picture, (127, 0, 255)) == 0
+
+
+def test_ignored_pixels_are_hatched_on_the_sheet_not_in_the_tile(tmp_path):
+    # A tile of 1024 pixels is shrunk to its cell; stripes drawn before would be a grey blur.
+    large = PreviewTile(np.zeros((512, 512, 3), np.uint8), np.full((512, 512), 255, np.uint8), "x")
+    with Image.open(contact_sheet([large], "x", COLORS, ID2LABEL, {}, tmp_path / "a.png", 64)) as picture:
+        dark, light = color_count(picture, (60, 60, 60)), color_count(picture, (170, 170, 170))
+    assert 64 * 64 < dark + light < 64 * 64 + 500 and 0.3 < dark / (dark + light) < 0.45
+
+
+def test_shares_stand_in_the_legend():
+    shares = {"a": 0.5, "b": 0.0004, "c": 0.0}
+    assert [_legend_text(name, shares) for name in "abcd"] == ["a 50.0%", "b <0.1%", "c 0.0%", "d"]
+
+
+def test_long_captions_keep_the_place_of_the_tile():
+    font = ImageFont.load_default(12)
+    short = _shortened("a/very/long/path/of/an/image/that/does/not/fit.tif (512, 1024)", font, 150)
+    assert short.startswith("…") and short.endswith("(512, 1024)") and font.getlength(short) <= 150
+    assert _shortened("x", font, 150) == "x"
+
+
+def test_a_sheet_that_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(UserError, match="no tiles"):
+        contact_sheet([], "x", COLORS, ID2LABEL, {}, tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.tif \(0, 0\): the label map contains 9"):
+        contact_sheet([tile(np.full((4, 4), 9))], "x", COLORS, ID2LABEL, {}, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())

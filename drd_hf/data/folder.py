@@ -5,7 +5,7 @@ import glob
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,12 +17,16 @@ import yaml
 from PIL import Image
 
 from drd_hf.data.facts import IGNORE_INDEX, DatasetFacts, SegmentationClass
+from drd_hf.data.rasters import raster_header, read_raster
+from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.data.splits import SPLITS
 from drd_hf.errors import UserError, nearest
 
 UNKNOWN = 254  # marks, inside this file only, a mask value that the layout does not name
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel
 INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+RGB = ("red", "green", "blue")
+ROWS_AT_A_TIME = 256
 MAX_PIXELS = 2**30  # larger than any single orthophoto tile in use; still stops decompression bombs
 
 
@@ -41,6 +45,7 @@ class FolderLayout:
     license: str | None = None
     citation: str | None = None
     description: str = ""
+    bands: tuple[str, ...] = ()
 
     def facts(self, name: str) -> DatasetFacts:
         """The dataset's facts; `name` is used where the layout gives none."""
@@ -62,7 +67,9 @@ def read_layout(path: str | Path) -> FolderLayout:
     Keys: `images` and `masks` (glob patterns below the source folder), `classes` (a list of `name` with either
     `color: [r, g, b]` for colour masks or `value: v` for index masks; a `value` may have a `color` to be drawn with),
     `splits` (train / validation / test, each a list of glob patterns on the image path), and optionally `ignore`
-    (colours or values that become 255), `name`, `license`, `citation`, `description`.
+    (colours or values that become 255), `bands` (names of all bands of TIFF images, for example red, green, blue,
+    near_infrared, height; without it a last band that is marked as alpha is transparency), `name`, `license`,
+    `citation`, `description`.
 
     Raises:
         UserError: the file cannot be read, or a key is missing, unknown or wrong; the message names it.
@@ -75,7 +82,9 @@ def read_layout(path: str | Path) -> FolderLayout:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     texts = ("name", "license", "citation", "description")
-    _check_keys(content, f"{path}", required=("images", "masks", "classes", "splits"), optional=("ignore", *texts))
+    _check_keys(
+        content, f"{path}", required=("images", "masks", "classes", "splits"), optional=("ignore", "bands", *texts)
+    )
     for key in ("images", "masks", *texts):
         if key in content and not (isinstance(content[key], str) and content[key].strip()):
             raise UserError(f"{path}: {key} is {content[key]!r}; write it as text in quotes")
@@ -89,6 +98,14 @@ def read_layout(path: str | Path) -> FolderLayout:
     ignore_codes = tuple(_read_code(code, by_color, f"{path}: ignore") for code in ignore)
     if both := set(ignore_codes) & set(codes):
         raise UserError(f"{path}: {_show_code(min(both), by_color)} is both a class and in ignore; keep one")
+    bands = content.get("bands") or []
+    if (
+        not isinstance(bands, list)
+        or not all(isinstance(b, str) and b for b in bands)
+        or 0 < len(bands) < 3
+        or len(set(bands)) < len(bands)
+    ):
+        raise UserError(f"{path}: bands is {bands!r}; give a list of at least three different names")
     return FolderLayout(
         images=content["images"],
         masks=content["masks"],
@@ -97,6 +114,7 @@ def read_layout(path: str | Path) -> FolderLayout:
         ignore_codes=ignore_codes,
         by_color=by_color,
         splits=_read_splits(content["splits"], path),
+        bands=tuple(bands),
         **{key: content[key].strip() for key in texts if key in content},
     )
 
@@ -149,51 +167,141 @@ def find_pairs(layout: FolderLayout, source: str | Path) -> dict[str, list[Folde
     return records
 
 
-def read_pair(
-    record: FolderRecord, layout: FolderLayout, unknown: str = "error"
-) -> tuple[np.ndarray, np.ndarray, str, dict[str, int]]:
-    """Read one image and its mask.
+@dataclass(frozen=True)
+class FolderReader:
+    """Reads the pairs of a folder. It can be sent to other processes.
 
-    Args:
+    Attributes:
+        layout: what mask values mean.
+        bands: names of the bands that every image must have.
         unknown: what to do with mask pixels that the layout does not name: `"error"`, or `"ignore"` to label them 255.
 
-    Returns:
-        image: uint8 (H, W, 3), RGB.
-        label: uint8 (H, W), class indices and 255.
-        name: the record's name.
-        report: number of pixels of each unknown colour or value that became 255.
-
-    Raises:
-        UserError: a file that cannot be read, sizes that differ, a mask of the wrong kind, or unknown mask values.
+    Pixels without data (fully transparent, masked, or of the no-data value) become 0 in the image and 255 in the label.
+    TIFF images keep their georeference and all their bands; other images are read as RGB.
     """
-    if unknown not in ("error", "ignore"):
-        raise UserError(f"unknown is {unknown!r}; give error or ignore")
-    with _open(record.image) as opened:
-        if opened.mode not in IMAGE_MODES:
-            raise UserError(f"{record.image}: has mode {opened.mode}; convert the image to 8-bit RGB")
-        image = np.array(opened.convert("RGB"))
-    with _open(record.mask) as opened:
-        codes = _mask_codes(opened, layout.by_color, record.mask)
-    if codes.shape != image.shape[:2]:
-        sizes = [f"{width}x{height}" for height, width in (codes.shape, image.shape[:2])]
-        raise UserError(f"{record.mask}: is {sizes[0]} but its image is {sizes[1]} pixels; make them the same size")
 
-    label = _code_table(layout)[codes]
-    strange = label == UNKNOWN
-    report = Counter()
-    if strange.any():
-        values, counts = np.unique(codes[strange], return_counts=True)
-        report.update({_show_code(int(v), layout.by_color): int(n) for v, n in zip(values, counts, strict=True)})
-        if unknown == "error":
-            kind = "colours" if layout.by_color else "values"
-            shown = ", ".join(f"{code}: {count}" for code, count in report.most_common(10))
-            more = f" and {len(report) - 10} more" if len(report) > 10 else ""
+    layout: FolderLayout
+    bands: tuple[str, ...] = RGB
+    unknown: str = "error"
+
+    def __post_init__(self):
+        if self.unknown not in ("error", "ignore"):
+            raise UserError(f"unknown is {self.unknown!r}; give error or ignore")
+
+    def header(self, record: FolderRecord) -> SourceHeader:
+        """Size and identity of a pair.
+
+        Raises:
+            UserError: a file that is no image, sizes that differ, a mask of the wrong kind, or a wrong number of bands.
+        """
+        georeferenced = False
+        if _is_tiff(record.image):
+            raster = raster_header(record.image)
+            # A fourth band is often marked as alpha by default; it is data if the layout has a name for it.
+            size, count = (raster.height, raster.width), raster.count + (raster.alpha and bool(self.layout.bands))
+            georeferenced = raster.crs is not None or raster.transform is not None
+        else:
+            with _open(record.image, decode=False) as image:
+                _check_image_mode(image, record.image)
+                size, count = (image.height, image.width), 3
+        if (3 if count == 1 else count) != len(self.bands):  # grey is read as RGB
             raise UserError(
-                f"{record.mask}: {len(report)} {kind} that the layout does not name, with their pixels: {shown}{more}; "
-                "add them to classes or ignore in the layout, or use --unknown ignore"
+                f"{record.image}: has {count} bands, but the dataset has {len(self.bands)} ({', '.join(self.bands)}); "
+                "give all images the same bands"
             )
-        label[strange] = IGNORE_INDEX
-    return image, label, record.name, dict(report)
+        with _open(record.mask, decode=False) as mask:
+            _check_mask_mode(mask, self.layout.by_color, record.mask)
+            if (mask.height, mask.width) != size:
+                raise UserError(
+                    f"{record.mask}: is {mask.width}x{mask.height} but its image is {size[1]}x{size[0]} pixels; "
+                    "make them the same size"
+                )
+        stats = [path.stat() for path in (record.image, record.mask)]
+        identity = " ".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
+        return SourceHeader(record.name, *size, identity, georeferenced=georeferenced)
+
+    def read(self, record: FolderRecord) -> SourceImage:
+        """Decode a pair.
+
+        Raises:
+            UserError: what `header` refuses, damaged files, or unknown mask values.
+        """
+        self.header(record)
+        image, valid, crs, transform = _read_image(record.image, self.layout.bands)
+        with _open(record.mask) as mask:
+            label, report = _read_label(mask, self.layout, self.unknown, record.mask)
+        if valid is not None:
+            image[~valid] = 0
+            label[~valid] = IGNORE_INDEX
+        return SourceImage(record.name, image, label, None, crs, transform, report)
+
+
+def folder_reader(
+    layout: FolderLayout, sources: Mapping[str, Sequence[FolderRecord]], unknown: str = "error"
+) -> FolderReader:
+    """The reader of a folder's pairs. Its bands are those of the layout, or by the number that the first image has."""
+    if layout.bands:
+        return FolderReader(layout, layout.bands, unknown)
+    first = next(record for records in sources.values() for record in records)
+    count = raster_header(first.image).count if _is_tiff(first.image) else 3
+    more = ("near_infrared", *(f"band_{i}" for i in range(5, count + 1)))
+    return FolderReader(layout, RGB + more[: max(count - 3, 0)], unknown)
+
+
+def _is_tiff(path: Path) -> bool:
+    return path.suffix.lower() in (".tif", ".tiff")
+
+
+def _read_image(path: Path, bands: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None, str | None, tuple | None]:
+    """uint8 (H, W, C); bool (H, W), False without data, or None; CRS; transform."""
+    if _is_tiff(path):
+        raster = read_raster(path, range(1, len(bands) + 1) if len(bands) > 3 else None)
+        grey = raster.pixels.shape[2] == 1
+        pixels = np.repeat(raster.pixels, 3, axis=2) if grey else raster.pixels
+        return pixels, raster.valid, raster.crs, raster.transform
+    with _open(path) as image:
+        if not image.has_transparency_data:
+            return np.array(image.convert("RGB")), None, None, None
+        pixels = np.asarray(image.convert("RGBA"))
+    valid = pixels[..., 3] > 0
+    return np.array(pixels[..., :3], order="C"), None if valid.all() else valid, None, None
+
+
+def _read_label(
+    mask: Image.Image, layout: FolderLayout, unknown: str, path: Path
+) -> tuple[np.ndarray, dict[str, int]]:
+    """uint8 (H, W) of class indices and 255, and the pixels of each unknown colour or value that became 255."""
+    values = np.asarray(mask.convert("RGB") if layout.by_color else mask)
+    if not layout.by_color and (values.min() < 0 or values.max() > 65535):
+        raise UserError(
+            f"{path}: mask values go from {values.min()} to {values.max()}; only 0 to 65535 can be class values"
+        )
+    table, report = _code_table(layout), Counter()
+    label = np.empty(values.shape[:2], np.uint8)
+    for start in range(0, len(label), ROWS_AT_A_TIME):  # packed colours take many times the memory of a label
+        rows = np.s_[start : start + ROWS_AT_A_TIME]
+        codes = _pack(values[rows]) if layout.by_color else values[rows].astype(np.int32)
+        label[rows] = table[codes]
+        strange = label[rows] == UNKNOWN
+        if strange.any():
+            found, counts = np.unique(codes[strange], return_counts=True)
+            report.update({_show_code(int(v), layout.by_color): int(n) for v, n in zip(found, counts, strict=True)})
+            label[rows][strange] = IGNORE_INDEX
+    if report and unknown == "error":
+        kind = "colours" if layout.by_color else "values"
+        shown = ", ".join(f"{code}: {count}" for code, count in report.most_common(10))
+        more = f" and {len(report) - 10} more" if len(report) > 10 else ""
+        raise UserError(
+            f"{path}: {len(report)} {kind} that the layout does not name, with their pixels: {shown}{more}; "
+            "add them to classes or ignore in the layout, or use --unknown ignore"
+        )
+    return label, dict(report)
+
+
+def _pack(colors: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> int32 (H, W)"""
+    red, green, blue = np.moveaxis(colors, -1, 0)
+    return red.astype(np.int32) << 16 | green.astype(np.int32) << 8 | blue
 
 
 def _check_keys(content: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
@@ -334,14 +442,15 @@ def _files_by_key(source: Path, pattern: str, what: str, leave_out: set[str] = f
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
-    """Open and decode an image; whatever is wrong with the file becomes a `UserError` that names it."""
+def _open(path: Path, decode: bool = True) -> Iterator[Image.Image]:
+    """Open (and decode) an image; whatever is wrong with the file becomes a `UserError` that names it."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # checked in open() only
         with Image.open(path) as image:
             Image.MAX_IMAGE_PIXELS = limit
-            image.load()
+            if decode:
+                image.load()
             yield image
     except UserError:
         raise
@@ -351,21 +460,16 @@ def _open(path: Path) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _mask_codes(mask: Image.Image, by_color: bool, path: Path) -> np.ndarray:
-    """int32 (H, W): packed colours, or values."""
-    if by_color:
-        if mask.mode not in IMAGE_MODES:
-            raise UserError(f"{path}: has mode {mask.mode}, but the layout gives colours; give values for index masks")
-        red, green, blue = np.moveaxis(np.asarray(mask.convert("RGB")), -1, 0)
-        return red.astype(np.int32) << 16 | green.astype(np.int32) << 8 | blue
-    if mask.mode not in INDEX_MODES:
+def _check_image_mode(image: Image.Image, path: Path) -> None:
+    if image.mode not in IMAGE_MODES:
+        raise UserError(f"{path}: has mode {image.mode}; convert the image to 8-bit RGB")
+
+
+def _check_mask_mode(mask: Image.Image, by_color: bool, path: Path) -> None:
+    if by_color and mask.mode not in IMAGE_MODES:
+        raise UserError(f"{path}: has mode {mask.mode}, but the layout gives colours; give values for index masks")
+    if not by_color and mask.mode not in INDEX_MODES:
         raise UserError(f"{path}: has mode {mask.mode}, but the layout gives values; give colours for colour masks")
-    values = np.asarray(mask).astype(np.int32)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(
-            f"{path}: mask values go from {values.min()} to {values.max()}; only 0 to 65535 can be class values"
-        )
-    return values
 
 
 def _code_table(layout: FolderLayout) -> np.ndarray:

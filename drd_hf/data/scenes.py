@@ -7,11 +7,14 @@ Objects are painted on a canvas of twice the resolution; the image is its 2 x 2 
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFilter
 
 from drd_hf.data.facts import ISPRS_CLASSES, DatasetFacts
+from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.errors import UserError
 
 SCENES = DatasetFacts(
@@ -25,6 +28,7 @@ IMPERVIOUS, BUILDING, LOW_VEGETATION, TREE, CAR, CLUTTER = range(6)
 FREE, STREET, OBJECT = range(3)  # what already stands on a canvas pixel
 OVERSAMPLING = 2
 PAVEMENT = 1.6  # metres
+GSD = 0.4  # metres per pixel
 
 
 def _palette(codes: str) -> list[np.ndarray]:
@@ -43,7 +47,7 @@ MATERIAL = _palette("b39975 8c857a 664f3d 9e664d")
 COURTS = _palette("944a38 ad6b4d 5c6e42 3f6a5a")
 
 
-def generate_scene(seed: int, size: int | tuple[int, int] = 384, gsd: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
+def generate_scene(seed: int, size: int | tuple[int, int] = 384, gsd: float = GSD) -> tuple[np.ndarray, np.ndarray]:
     """One generated orthophoto and its labels; the same arguments give the same arrays.
 
     Args:
@@ -63,6 +67,44 @@ def generate_scene(seed: int, size: int | tuple[int, int] = 384, gsd: float = 0.
     town = Town(rng, math.hypot(height, width) * gsd)
     _paint_town(canvas, town)
     return _photograph(canvas, gsd), _majority(canvas.label)
+
+
+@dataclass(frozen=True)
+class SceneRecord:
+    """The scene of a seed."""
+
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"scene_{self.seed:06d}"
+
+
+@dataclass(frozen=True)
+class SceneReader:
+    """Generates scenes of `size` x `size` pixels as if they were read, for `prepare_dataset`."""
+
+    size: int = 384
+    bands = ("red", "green", "blue")
+
+    def header(self, record: SceneRecord) -> SourceHeader:
+        height, width = _checked(record.seed, self.size, GSD)
+        return SourceHeader(record.name, height, width, identity=f"seed {record.seed}")
+
+    def read(self, record: SceneRecord) -> SourceImage:
+        return SourceImage(record.name, *generate_scene(record.seed, self.size))
+
+
+def scene_records(counts: Mapping[str, int], seed: int = 0) -> dict[str, list[SceneRecord]]:
+    """So many scenes for each split, none for a count of 0. No scene is in two splits, or under two values of `seed`.
+
+    Raises:
+        UserError: a negative seed, or a count that is not 0 to 10,000.
+    """
+    if seed < 0 or any(not 0 <= count <= 10_000 for count in counts.values()):
+        raise UserError("--seed must be at least 0 and the numbers of scenes 0 to 10000")
+    first = {split: 10_000 * (len(counts) * seed + i) for i, split in enumerate(counts)}
+    return {split: [SceneRecord(first[split] + i) for i in range(count)] for split, count in counts.items() if count}
 
 
 def _checked(seed, size, gsd) -> tuple[int, int]:

@@ -27,29 +27,39 @@ def tile_origins(length: int, tile_size: int, stride: int) -> list[int]:
 
 
 def cut_tiles(
-    image: np.ndarray, label: np.ndarray, tile_size: int, stride: int
-) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    image: np.ndarray, label: np.ndarray | None, tile_size: int, stride: int
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
     """Yield `(row, column, image tile, label tile)` from top left to bottom right.
 
     Args:
-        image: uint8 (H, W, 3).
-        label: uint8 (H, W), 255 where ignored.
+        image: uint8 (H, W, C).
+        label: uint8 (H, W), 255 where ignored; None if there is none.
 
-    Tiles are (tile_size, tile_size, 3) and (tile_size, tile_size). What lies right of or below a small image is
-    its reflection in the image tile and 255 in the label tile. Tiles whose pixels are all ignored are left out.
+    Tiles are (tile_size, tile_size, C) and (tile_size, tile_size), see `tile_at`. Tiles whose pixels are all ignored
+    are left out; without a label there are none to leave out.
     """
-    height, width = label.shape
-    if image.shape != (height, width, 3):
-        raise UserError(f"image of shape {image.shape} and label of shape {label.shape} do not fit together")
-    bottom, right = max(tile_size - height, 0), max(tile_size - width, 0)
-    if bottom or right:
-        image = np.pad(image, ((0, bottom), (0, right), (0, 0)), mode="reflect")
-        label = np.pad(label, ((0, bottom), (0, right)), constant_values=IGNORE_INDEX)
-    for row in tile_origins(height, tile_size, stride):
-        for column in tile_origins(width, tile_size, stride):
-            window = np.s_[row : row + tile_size, column : column + tile_size]
-            if (label[window] != IGNORE_INDEX).any():
-                yield row, column, image[window], label[window]
+    if image.ndim != 3 or label is not None and image.shape[:2] != label.shape:
+        shape = None if label is None else label.shape
+        raise UserError(f"image of shape {image.shape} and label of shape {shape} do not fit together")
+    for row in tile_origins(image.shape[0], tile_size, stride):
+        for column in tile_origins(image.shape[1], tile_size, stride):
+            label_tile = None if label is None else tile_at(label, row, column, tile_size)
+            if label_tile is None or (label_tile != IGNORE_INDEX).any():
+                yield row, column, tile_at(image, row, column, tile_size), label_tile
+
+
+def tile_at(array: np.ndarray, row: int, column: int, tile_size: int) -> np.ndarray:
+    """The tile whose first pixel is (row, column) of an image (H, W, C) or a label (H, W); a view where it can be.
+
+    What lies right of or below a small image is its reflection in the tile of an image and 255 in that of a label.
+    """
+    tile = array[row : row + tile_size, column : column + tile_size]
+    bottom, right = tile_size - tile.shape[0], tile_size - tile.shape[1]
+    if not (bottom or right):
+        return tile
+    if array.ndim == 2:
+        return np.pad(tile, ((0, bottom), (0, right)), constant_values=IGNORE_INDEX)
+    return np.pad(tile, ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
 
 def covered_before(origins: Iterable[int], tile_size: int) -> dict[int, int]:
@@ -70,20 +80,28 @@ def covered_before(origins: Iterable[int], tile_size: int) -> dict[int, int]:
     return covered
 
 
-def rescale(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Resample an image and its label by `scale`: 0.5 turns 5 cm ground sampling into 10 cm.
-
-    The image is averaged over areas when it shrinks and interpolated bicubically when it grows; the label takes the
-    nearest pixel. Shapes and dtypes as in `cut_tiles`.
-    """
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Height and width after `rescale`; at least one pixel each."""
     if not 0 < scale <= 16:
         raise UserError(f"scale is {scale}; give a factor above 0 and at most 16, such as 0.5")
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def rescale(array: np.ndarray, scale: float) -> np.ndarray:
+    """Resample an image (H, W, C) or a label (H, W) of uint8 by `scale`: 0.5 turns 5 cm ground sampling into 10 cm.
+
+    An image is averaged over areas when it shrinks and interpolated bicubically when it grows; a label takes the
+    nearest pixel.
+    """
+    height, width = scaled_size(*array.shape[:2], scale)
     if scale == 1:
-        return image, label
-    height, width = label.shape
-    size = max(round(width * scale), 1), max(round(height * scale), 1)
+        return array
+    if array.ndim == 2:
+        return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
     image_filter = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    return (
-        np.asarray(Image.fromarray(image).resize(size, image_filter)),
-        np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST)),
-    )
+    # Band by band: Pillow takes a fourth band for alpha and weighs the others with it.
+    scaled = np.empty((height, width, array.shape[2]), np.uint8)
+    for band in range(array.shape[2]):
+        one = Image.fromarray(np.ascontiguousarray(array[..., band]))
+        scaled[..., band] = np.asarray(one.resize((width, height), image_filter))
+    return scaled

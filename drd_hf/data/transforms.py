@@ -1,11 +1,18 @@
 """Joint transforms of image and label tiles for `dataset.with_transform`, and the collator that makes batches of them."""
 
+import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import rasterio
 import torch
+from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -13,6 +20,8 @@ from torchvision.transforms.v2 import functional as F
 from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.data.tiles import covered_before
 from drd_hf.errors import UserError
+
+PNG_END = b"IEND\xaeB`\x82"
 
 
 class RandomScaledCrop(v2.Transform):
@@ -73,17 +82,53 @@ class ColorJitterOfThree(v2.ColorJitter):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
             return inpt
-        jittered = super().transform(inpt[:3], params)
-        return tv_tensors.Image(torch.cat((jittered, inpt[3:]))) if len(inpt) > 3 else jittered
+        adjust = (
+            (F.adjust_brightness_image, params["brightness_factor"]),
+            (F.adjust_contrast_image, params["contrast_factor"]),
+            (F.adjust_saturation_image, params["saturation_factor"]),
+            (shift_hue, params["hue_factor"]),
+        )
+        image = inpt.as_subclass(torch.Tensor)
+        colors = image[:3]
+        for step in params["fn_idx"]:
+            function, factor = adjust[step]
+            if factor is not None:
+                colors = function(colors, factor)
+        return tv_tensors.Image(torch.cat((colors, image[3:])) if len(image) > 3 else colors)
+
+
+def shift_hue(image: torch.Tensor, turns: float) -> torch.Tensor:
+    """Turn the hue of a uint8 (3, H, W) image, -0.5 to 0.5 turns, in whole numbers, a tenth of the time of floats.
+
+    On the hexagon of HSV colours hue times chroma is a sum of differences of channels: nothing is divided. Within one
+    grey level of torchvision's `adjust_hue`.
+    """
+    red, green, blue = image.to(torch.int16)  # |values| stay below 12 * 255
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    hue = torch.where(green == high, blue - red + 2 * chroma, red - green + 4 * chroma)
+    hue = torch.where(red == high, green - blue, hue)  # 0 red, 2 chroma green, 4 chroma blue, 6 chroma a full turn
+    hue += (chroma * (6 * turns)).round_().to(torch.int16)
+    full = 6 * chroma
+    hue += full * (hue < 0)
+    hue -= full * (hue >= full)
+    above = (
+        (hue - 3 * chroma).abs_() - chroma,
+        2 * chroma - (hue - 2 * chroma).abs_(),
+        2 * chroma - (hue - 4 * chroma).abs_(),
+    )
+    return torch.stack([low + x.clamp_min_(0).minimum(chroma) for x in above]).to(torch.uint8)
 
 
 class TrainTransform:
     """Random scale, crop, flips, quarter turns and colours. For `dataset.with_transform`.
 
-    Takes a batch of columns with lists of images `image` (PIL, or uint8 arrays of H x W x C) and of PIL images `label`,
-    None for a tile without labels; returns lists `image` of uint8 (C, S, S) and `labels` of uint8 (S, S), S being
-    `crop_size`, and the columns `source`, `row` and `column` as they are, where the dataset has them. Randomness is
-    torch's global generator, which the Trainer seeds.
+    Takes a batch of columns with lists of `image` (PIL, uint8 arrays of H x W x C, or undecoded, see `undecoded`),
+    `extra_bands` (lists of single-channel images, None or absent where there are none) and `label` (None for a tile
+    without labels); returns lists `image` of uint8 (C, S, S), the extra bands behind the channels of the image, and
+    `labels` of uint8 (S, S), S being `crop_size`, and the columns `source`, `row` and `column` as they are, where the
+    dataset has them. Other columns are dropped. Randomness is torch's global generator, which the Trainer seeds.
 
     Args:
         crop_size: side of the result in pixels.
@@ -125,7 +170,7 @@ class TrainTransform:
         self.steps = v2.Compose(steps)
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        pairs = [self.steps(*pair) for pair in _pairs(batch)]
+        pairs = [self.steps(*pair) for pair in _pairs(batch, "label")]
         return {
             "image": [image.as_subclass(torch.Tensor) for image, _ in pairs],
             "labels": [mask.as_subclass(torch.Tensor) for _, mask in pairs],
@@ -139,28 +184,49 @@ class EvalTransform:
     Takes a batch of columns like `TrainTransform`; returns lists `image` of uint8 (C, H, W) and `labels` of uint8 (H, W),
     all 255 for a tile without labels.
 
+    With `dataset` or `info` a pixel is labelled in the first tile that covers it and 255 in later ones, so that a metric
+    counts each pixel of a source once even where tiles overlap.
+
     Args:
-        dataset: the split to be evaluated. If given, a pixel is labelled in the first tile that covers it and 255 in
-            later ones, so that a metric counts each pixel of a source once even where tiles overlap.
+        dataset: the split to be evaluated; tiles of another one are refused.
+        info: of the prepared dataset, instead of `dataset`; its tile size and stride tell enough, so that tiles of a
+            stream need not be known beforehand.
+        label: column that is the reference: `label`, or `label_eroded` where object borders are left out.
     """
 
-    def __init__(self, dataset=None):
+    def __init__(self, dataset=None, info=None, label: str = "label"):
+        if dataset is not None and info is not None:
+            raise UserError("EvalTransform takes a dataset or its info, not both")
+        self.label = label
+        self.grid = None if info is None else (info.tile_size, info.stride)
         self.covered = None if dataset is None else _covered_by_earlier_tiles(dataset)
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list[torch.Tensor]]:
-        images, labels = ([x.as_subclass(torch.Tensor) for x in column] for column in zip(*_pairs(batch), strict=True))
-        if self.covered is not None:
-            for label, place in zip(
-                labels, zip(batch["source"], batch["row"], batch["column"], strict=True), strict=True
-            ):
-                if place not in self.covered:
-                    raise UserError(
-                        f"tile {place} is not in the dataset that EvalTransform was made with; give that one"
-                    )
-                top, left = self.covered[place]
+        pairs = _pairs(batch, self.label)
+        images, labels = ([x.as_subclass(torch.Tensor) for x in column] for column in zip(*pairs, strict=True))
+        if self.grid or self.covered is not None:
+            places = zip(batch["source"], batch["row"], batch["column"], strict=True)
+            for label, place in zip(labels, places, strict=True):
+                top, left = self._covered(place)
                 label[:top] = IGNORE_INDEX
                 label[:, :left] = IGNORE_INDEX
         return {"image": images, "labels": labels}
+
+    def _covered(self, place: tuple[str, int, int]) -> tuple[int, int]:
+        if self.grid:
+            return tuple(covered_by_grid(origin, *self.grid) for origin in place[1:])
+        if place not in self.covered:
+            raise UserError(f"tile {place} is not in the dataset that EvalTransform was made with; give that one")
+        return self.covered[place]
+
+
+def covered_by_grid(origin: int, tile_size: int, stride: int) -> int:
+    """How many first pixels of the tile at `origin`, along one axis, the tile before it covers in a full grid.
+
+    Tiles start at multiples of the stride, but for the last one, which ends at the border: the tile before any other
+    starts at the largest multiple below it. Equal to `covered_before` of all origins.
+    """
+    return max((origin - 1) // stride * stride + tile_size - origin, 0) if origin else 0
 
 
 class SegmentationCollator:
@@ -244,16 +310,63 @@ def _select(images: torch.Tensor, channels: list[int] | None, option: str) -> to
     return images[:, channels]
 
 
-def _pairs(batch: Mapping[str, list]) -> list[tuple[tv_tensors.Image, tv_tensors.Mask]]:
-    labels = batch["label"] if "label" in batch else [None] * len(batch["image"])
-    return [_to_tv_tensors(*pair) for pair in zip(batch["image"], labels, strict=True)]
+def undecoded(dataset):
+    """A split whose images reach the transforms as compressed bytes, which they decode in half the time."""
+    columns = [name for name in ("image", "label", "label_eroded") if name in (dataset.features or ())]
+    for name in columns:
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
 
 
-def _to_tv_tensors(image, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    image = F.to_image(np.asarray(image, np.uint8) if isinstance(image, list) else image)
-    if label is None:
-        return image, tv_tensors.Mask(torch.full(image.shape[-2:], IGNORE_INDEX, dtype=torch.uint8))
-    return image, tv_tensors.Mask(torch.from_numpy(np.array(label)))
+def decode(image) -> torch.Tensor:
+    """uint8 (C, H, W) from a PIL image, a uint8 array or list of (H, W, C) or (H, W), or the bytes of an image file.
+
+    Args:
+        image: bytes are a dictionary with `bytes` or `path`, as an undecoded image column gives it. GDAL, whose PNG
+            decoder takes half the time of libpng, is tried first.
+
+    Raises:
+        UserError: the bytes are no image, or cut short.
+    """
+    if isinstance(image, Mapping):
+        image = _decode_bytes(image.get("bytes") or Path(image["path"]).read_bytes())
+    if isinstance(image, torch.Tensor):
+        return image
+    return F.pil_to_tensor(image) if isinstance(image, Image.Image) else F.to_image(np.asarray(image, np.uint8))
+
+
+def _decode_bytes(content: bytes) -> torch.Tensor | Image.Image:
+    if content.endswith(PNG_END):  # GDAL gives black pixels for what is cut off
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                with rasterio.MemoryFile(content) as file, file.open(driver="PNG") as png:
+                    return torch.from_numpy(png.read())
+        except RasterioError:
+            pass
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"the image of a tile is damaged ({error}); prepare or download the dataset again") from error
+    return image
+
+
+def _pairs(batch: Mapping[str, list], column: str) -> list[tuple[tv_tensors.Image, tv_tensors.Mask]]:
+    """Image with its extra bands, and label, of every row."""
+    nothing = [None] * len(batch["image"])
+    if column != "label" and column not in batch:
+        raise UserError(f"the dataset has no column {column}: prepare it with that reference, or evaluate on label")
+    rows = zip(batch["image"], batch.get("extra_bands", nothing), batch.get(column, nothing), strict=True)
+    return [_to_tv_tensors(*row) for row in rows]
+
+
+def _to_tv_tensors(image, extra_bands, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    image = decode(image)
+    if extra_bands:
+        image = torch.cat((image, *(decode(band) for band in extra_bands)))
+    mask = torch.full(image.shape[-2:], IGNORE_INDEX, dtype=torch.uint8) if label is None else decode(label)[0]
+    return tv_tensors.Image(image), tv_tensors.Mask(mask)
 
 
 def _random_offset(length: int, window: int) -> int:
@@ -272,7 +385,7 @@ def _largest_class_share(mask: torch.Tensor) -> float:
 
 def _covered_by_earlier_tiles(dataset) -> dict[tuple[str, int, int], tuple[int, int]]:
     """(source, row, column) of each tile -> how many of its top rows and left columns earlier tiles cover."""
-    tile_size = F.to_image(dataset.with_format(None)[0]["image"]).shape[-2]
+    tile_size = decode(dataset.with_format(None)[0]["image"]).shape[-2]
     places = dataset.with_format(None).select_columns(["source", "row", "column"])
     places = list(zip(*(places[:][key] for key in ("source", "row", "column")), strict=True))
     rows, columns = {}, {}

@@ -1,11 +1,14 @@
 import pickle
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
 import pytest
+import yaml
 
 from drd_hf.data.facts import DatasetFacts, SegmentationClass
 from drd_hf.data.prepare import prepare_dataset
+from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.data.splits import SegmentationInfo, SegmentationSplits, load_splits
 from drd_hf.errors import UserError
 
@@ -15,6 +18,8 @@ FACTS = DatasetFacts(
     license="Ask: first\n---\nthen use",
 )
 
+SOURCES = {"train": [1, 2], "validation": [3]}
+
 
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path, monkeypatch):
@@ -22,13 +27,35 @@ def isolated_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def reader(record):
-    image = np.full((8, 12, 3), record, np.uint8)
-    return image, np.tile(np.array([0, 1], np.uint8), (8, 6)), f"image {record}", {"7": record}
+@dataclass(frozen=True)
+class Record:
+    number: int
+
+    @property
+    def name(self):
+        return f"image {self.number}"
 
 
-def make(output, sources=None, **kwargs):
-    return prepare_dataset(sources or {"train": [1, 2], "validation": [3]}, reader, FACTS, output, 8, **kwargs)
+class Reader:
+    bands = ("red", "green", "blue")
+
+    def header(self, record):
+        return SourceHeader(record.name, 8, 12, "1", georeferenced=record.number == 4)
+
+    def read(self, record):
+        image = np.full((8, 12, len(self.bands)), record.number, np.uint8)
+        label = np.tile(np.array([0, 1], np.uint8), (8, 6))
+        place = ("EPSG:25832", (0.5, 0, 3, 0, -0.5, 4)) if record.number == 4 else (None, None)
+        return SourceImage(record.name, image, label, None, *place, {"7": record.number})
+
+
+class FourBandReader(Reader):
+    bands = ("near_infrared", "red", "green", "height")
+
+
+def make(output, sources=None, reader=None, **kwargs):
+    sources = {split: [Record(n) for n in numbers] for split, numbers in (sources or SOURCES).items()}
+    return prepare_dataset(sources, reader or Reader(), FACTS, output, 8, **kwargs)
 
 
 def test_a_prepared_folder_loads_with_everything_its_card_says(tmp_path):
@@ -54,6 +81,58 @@ def test_info_survives_its_card_form(tmp_path):
     info = make(tmp_path / "out")
     assert SegmentationInfo.from_card(info.to_card()) == info
     assert info.facts.classes == FACTS.classes
+    full = replace(
+        info,
+        bands=("near_infrared", "red", "green", "height"),
+        band_mean=(0.1, 0.2, 0.3, 0.4),
+        band_std=(0.4, 0.3, 0.2, 0.1),
+        has_eroded=True,
+        georeferenced=True,
+        off_palette_pixels={"4_12": 24850},
+        left_out={"a": "is cut short"},
+        may_be_shared=False,
+        terms="Ask: first",
+        notes=("6_7 is missing",),
+    )
+    assert SegmentationInfo.from_card(yaml.safe_load(yaml.safe_dump(full.to_card()))) == full
+    assert not full.facts.may_be_shared
+
+
+def test_card_of_before_there_were_bands_still_loads(tmp_path):
+    content = make(tmp_path / "out").to_card()
+    for key in ("bands", "band_mean", "band_std", "may_be_shared", "has_eroded", "georeferenced", "prepared_with"):
+        del content[key]
+    for split in content["splits"].values():
+        del split["source_names"]
+    info = SegmentationInfo.from_card(content)
+    assert (info.bands, info.band_mean, info.may_be_shared) == (("red", "green", "blue"), (), True)
+
+
+def test_streamed_splits_give_the_same_rows_from_the_files(tmp_path):
+    sources = {"train": [1, 4], "validation": [3]}
+    info = make(tmp_path / "out", sources, FourBandReader())
+    streamed, loaded = load_splits(tmp_path / "out", streaming=True), load_splits(tmp_path / "out")
+    assert streamed.info == loaded.info == info
+    assert isinstance(streamed["train"], datasets.IterableDataset)
+    for split in ("train", "validation"):
+        rows = list(streamed[split])
+        assert rows == list(loaded[split])
+    assert (rows[0]["crs"], rows[0]["transform"]) == (None, None)
+    row = list(streamed["train"])[3]
+    assert (row["column"], row["crs"], row["transform"]) == (4, "EPSG:25832", [0.5, 0, 5, 0, -0.5, 4])
+    assert [np.asarray(band).tolist() for band in row["extra_bands"]] == [[[4] * 8] * 8]
+
+
+def test_streaming_says_that_a_file_is_missing_or_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("drd_hf.data.prepare.shards.PIXELS_PER_SHARD", 1)
+    make(tmp_path / "out")
+    first, second = sorted((tmp_path / "out" / "data").glob("train-*"))
+    second.unlink()
+    with pytest.raises(UserError, match="train has 2 of its 4 tiles"):
+        load_splits(tmp_path / "out", streaming=True)
+    second.write_bytes(first.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_splits(tmp_path / "out", streaming=True)
 
 
 def test_splits_can_be_pickled_transformed_and_selected(tmp_path):
@@ -116,8 +195,7 @@ def test_missing_and_damaged_data_files_are_refused(tmp_path):
 
 
 def test_missing_shard_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("drd_hf.data.prepare.TILES_PER_ROW_GROUP", 2)
-    monkeypatch.setattr("drd_hf.data.prepare.BYTES_PER_SHARD", 1)
+    monkeypatch.setattr("drd_hf.data.prepare.shards.PIXELS_PER_SHARD", 1)
     make(tmp_path / "out")
     shards = sorted((tmp_path / "out" / "data").glob("train-*"))
     assert len(shards) == 2

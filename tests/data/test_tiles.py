@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drd_hf.data.tiles import covered_before, cut_tiles, rescale, tile_origins
+from drd_hf.data.tiles import covered_before, cut_tiles, rescale, scaled_size, tile_origins
 from drd_hf.errors import UserError
 
 
@@ -74,6 +74,13 @@ def test_tiles_without_a_labelled_pixel_are_left_out():
     assert [(row, column) for row, column, *_ in cut_tiles(image, label, 4, 4)] == [(4, 0)]
 
 
+def test_without_a_label_all_tiles_are_kept():
+    image, _ = draw_image(9, 8)
+    found = list(cut_tiles(image, None, 4, 4))
+    assert [(row, column) for row, column, *_ in found] == [(r, c) for r in (0, 4, 5) for c in (0, 4)]
+    assert all(label is None for *_, label in found)
+
+
 def test_image_and_label_of_different_size_are_refused():
     image, label = draw_image(8, 8)
     with pytest.raises(UserError, match="do not fit"):
@@ -125,7 +132,8 @@ def test_a_pixel_belongs_to_the_first_tile_that_covers_it(grid):
 
 def test_rescale_by_a_half_averages_pixels_and_invents_no_label():
     image, label = draw_image(8, 12)
-    small_image, small_label = rescale(image, label, 0.5)
+    small_image, small_label = rescale(image, 0.5), rescale(label, 0.5)
+    assert small_image.shape[:2] == small_label.shape == scaled_size(8, 12, 0.5)
     means = image.reshape(4, 2, 6, 2, 3).mean((1, 3))
     assert np.abs(small_image - means).max() <= 1  # rounded once along each axis
     blocks = label.reshape(4, 2, 6, 2)
@@ -134,12 +142,20 @@ def test_rescale_by_a_half_averages_pixels_and_invents_no_label():
 
 def test_scale_of_one_changes_nothing():
     image, label = draw_image(5, 7)
-    same_image, same_label = rescale(image, label, 1.0)
-    assert (same_image == image).all()
-    assert (same_label == label).all()
+    assert (rescale(image, 1.0) == image).all()
+    assert (rescale(label, 1.0) == label).all()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2])
+def test_bands_are_rescaled_each_for_itself(scale):
+    # Pillow takes four bands for RGBA and gives pixels whose fourth band is 0 no weight.
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 4), np.uint8)
+    image[..., 3] = 0
+    assert (rescale(image, scale)[..., :3] == rescale(np.ascontiguousarray(image[..., :3]), scale)).all()
+    assert (rescale(image, scale)[..., 3] == 0).all()
 
 
 @pytest.mark.parametrize("scale", [0, -1, 17, float("nan")])
 def test_scale_that_makes_no_sense_is_refused(scale):
     with pytest.raises(UserError, match="scale is"):
-        rescale(*draw_image(4, 4), scale)
+        rescale(draw_image(4, 4)[0], scale)

@@ -1,16 +1,35 @@
+import colorsys
+import io
 import pickle
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from transformers import MobileNetV2ImageProcessor, MobileViTImageProcessor, SegformerImageProcessor
 
 from drd_hf.data.facts import DatasetFacts, SegmentationClass
 from drd_hf.data.prepare import prepare_dataset
+from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.data.splits import load_splits
-from drd_hf.data.transforms import EvalTransform, SegmentationCollator, TrainTransform
+from drd_hf.data.tiles import covered_before, tile_origins
+from drd_hf.data.transforms import (
+    ColorJitterOfThree,
+    EvalTransform,
+    SegmentationCollator,
+    TrainTransform,
+    covered_by_grid,
+    decode,
+    shift_hue,
+    undecoded,
+)
 from drd_hf.errors import UserError
 
 PLAIN = {"horizontal_flip": False, "vertical_flip": False, "quarter_turns": False, "photometric": False}
@@ -185,39 +204,174 @@ def test_eval_transform_leaves_tiles_as_they_are():
     assert (out["labels"][0].numpy() == pair[1]).all()
 
 
-def read_random(record):
-    """Sources of different sizes; in record 2 the left part is ignored, so that tiles of its grid are left out."""
-    rng = np.random.default_rng(record)
-    height, width = 20 + 3 * record, 37 - 5 * record
-    label = rng.integers(0, 2, (height, width)).astype(np.uint8)
-    if record == 2:
-        label[:, :17] = 255
-    return rng.integers(0, 256, (height, width, 3), np.uint8), label, f"image {record}", {}
+@dataclass(frozen=True)
+class RandomSource:
+    name: str
+    number: int
+
+
+class RandomReader:
+    """Sources of different sizes; in number 2 the left part is ignored, so that tiles of its grid are left out. All have
+    five bands, and number 1 has an eroded label of only 255 beside."""
+
+    bands = ("red", "green", "blue", "near_infrared", "height")
+
+    def header(self, record):
+        image = self.read(record)
+        return SourceHeader(record.name, *image.label.shape, identity="", eroded=image.label_eroded is not None)
+
+    def read(self, record):
+        rng = np.random.default_rng(record.number)
+        height, width = 20 + 3 * record.number, 37 - 5 * record.number
+        label = rng.integers(0, 2, (height, width)).astype(np.uint8)
+        if record.number == 2:
+            label[:, :17] = 255
+        eroded = np.where(label == 0, 255, label).astype(np.uint8) if record.number == 1 else None
+        return SourceImage(record.name, rng.integers(0, 256, (height, width, 5), np.uint8), label, eroded)
+
+
+SOURCES = [RandomSource(f"image {number}", number) for number in range(4)]
+READER = RandomReader()
 
 
 @pytest.mark.parametrize("stride", [16, 8, 5])
 def test_each_pixel_of_a_prepared_split_is_counted_once(tmp_path, stride):
-    records = [0, 1, 2, 3]
-    prepare_dataset({"test": records}, read_random, FACTS, tmp_path / "out", tile_size=16, stride=stride)
-    dataset = load_splits(tmp_path / "out")["test"]
-    expected = sum(np.bincount(read_random(r)[1].ravel(), minlength=256)[:2] for r in records)
+    prepare_dataset({"test": SOURCES}, READER, FACTS, tmp_path / "out", tile_size=16, stride=stride)
+    splits = load_splits(tmp_path / "out")
+    dataset, info = splits["test"], splits.info
+    expected = sum(np.bincount(READER.read(s).label.ravel(), minlength=256)[:2] for s in SOURCES)
 
     def counts(transform):
         labels = dataset.with_transform(transform)[:]["labels"]
         return sum(torch.bincount(x.flatten(), minlength=256) for x in labels)[:2].tolist()
 
-    assert counts(EvalTransform(dataset)) == expected.tolist()
+    assert counts(EvalTransform(dataset)) == counts(EvalTransform(info=info)) == expected.tolist()
     assert counts(EvalTransform()) != expected.tolist()
+    roofs = int((READER.read(SOURCES[1]).label_eroded == 1).sum())
+    assert counts(EvalTransform(info=info, label="label_eroded")) == [0, roofs]
     assert counts(pickle.loads(pickle.dumps(EvalTransform(dataset)))) == expected.tolist()
     # Made from a split that has a transform already, as in a second evaluation.
     assert counts(EvalTransform(dataset.with_transform(EvalTransform()))) == expected.tolist()
 
 
 def test_eval_transform_refuses_tiles_of_another_split(tmp_path):
-    prepare_dataset({"train": [0], "test": [1]}, read_random, FACTS, tmp_path / "out", tile_size=16)
+    prepare_dataset({"train": SOURCES[:1], "test": SOURCES[1:2]}, READER, FACTS, tmp_path / "out", tile_size=16)
     splits = load_splits(tmp_path / "out")
     with pytest.raises(UserError, match="is not in the dataset"):
         splits["train"].with_transform(EvalTransform(splits["test"]))[0]
+
+
+@given(st.integers(1, 3000), st.integers(1, 700), st.floats(0.01, 1))
+def test_what_earlier_tiles_cover_follows_from_tile_size_and_stride_alone(length, tile_size, share):
+    stride = max(round(tile_size * share), 1)
+    origins = tile_origins(length, tile_size, stride)
+    assert {o: covered_by_grid(o, tile_size, stride) for o in origins} == covered_before(origins, tile_size)
+
+
+def test_eval_transform_takes_a_dataset_or_its_info():
+    with pytest.raises(UserError, match="a dataset or its info, not both"):
+        EvalTransform([], info=SimpleNamespace(tile_size=4, stride=4))
+
+
+def test_missing_reference_column_is_refused():
+    with pytest.raises(UserError, match="no column label_eroded"):
+        EvalTransform(label="label_eroded")(batch(blobs()))
+
+
+def test_extra_bands_follow_the_image_and_are_cropped_with_it():
+    image, label = blobs(32)
+    band = np.where(image[..., 0] == 40, 7, 200).astype(np.uint8)
+    rows = batch(
+        (image, label), (image, label), extra_bands=[[Image.fromarray(band), Image.fromarray(band // 2)], None]
+    )
+    whole, without = EvalTransform()(rows)["image"]
+    assert (
+        whole.numpy() == np.concatenate((image, band[..., None], band[..., None] // 2), -1).transpose(2, 0, 1)
+    ).all()
+    assert without.shape == (3, 32, 32)
+    crop = TrainTransform(16, (1, 1))(batch((image, label), extra_bands=[[Image.fromarray(band)]]))
+    assert crop["image"][0].shape == (4, 16, 16)
+    assert ((crop["image"][0][3] == 7) == (crop["labels"][0] == 0)).all()
+
+
+def test_columns_that_are_not_used_do_no_harm():
+    rows = batch(blobs(), crs=["EPSG:25833"], transform=[[0.05, 0.0, 4.0, 0.0, -0.05, 5.0]], label_eroded=[None])
+    assert set(TrainTransform(16)(rows)) == set(EvalTransform()(rows)) == {"image", "labels"}
+
+
+def file_of(pixels, kind="png", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("png", 0), ("png", 3), ("png", 4), ("bmp", 0), ("bmp", 3)])
+def test_bytes_are_decoded_to_the_pixels_that_were_written(kind, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 17, channels) if channels else (31, 17), np.uint8)
+    decoded = decode({"bytes": file_of(pixels, kind), "path": None})
+    expected = pixels.transpose(2, 0, 1) if channels else pixels[None]
+    assert decoded.dtype == torch.uint8 and (decoded.numpy() == expected).all()
+
+
+def test_bytes_that_lie_in_a_file_are_found_by_their_path(tmp_path):
+    image, _ = blobs()
+    (tmp_path / "tile.png").write_bytes(file_of(image))
+    assert (decode({"bytes": None, "path": str(tmp_path / "tile.png")}).permute(1, 2, 0).numpy() == image).all()
+
+
+@pytest.mark.parametrize("left", [0.0, 0.1, 0.5, 0.99])
+def test_damaged_image_of_a_tile_is_refused_in_one_line(left):
+    # GDAL decodes a file that is cut short without a word, and the rest is black.
+    whole = file_of(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    flipped = bytearray(whole)
+    flipped[int(left * len(whole))] ^= 16
+    for content in (whole[: int(left * len(whole))] or b"x", bytes(flipped)):
+        with pytest.raises(UserError, match="the image of a tile is damaged"):
+            decode({"bytes": content, "path": None})
+
+
+def test_undecoded_tiles_give_what_decoded_ones_give(tmp_path):
+    prepare_dataset({"test": SOURCES}, READER, FACTS, tmp_path / "out", tile_size=16, stride=8)
+    dataset = load_splits(tmp_path / "out")["test"]
+    for transform in (TrainTransform(12), EvalTransform(dataset), EvalTransform(label="label_eroded")):
+        results = []
+        for variant in (dataset, undecoded(dataset)):
+            torch.manual_seed(0)
+            results.append(variant.with_transform(transform)[:5])
+        assert all(
+            torch.equal(a, b) for key in ("image", "labels") for a, b in zip(*(r[key] for r in results), strict=True)
+        )
+    assert isinstance(undecoded(dataset)[0]["image"], dict)
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.2, -0.03, 0.01, 0.03, 0.4])
+def test_hue_is_turned_as_colorsys_defines_it(turns):
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 256, (3, 20, 20), np.uint8)
+    colors[:, :4] = colors[:1, :4]  # greys have no hue
+    colors[1, 4:8] = colors[0, 4:8]  # two equal channels
+    colors[:, 8, :3] = np.diag([255, 255, 255])
+    expected = np.empty((3, 20, 20))
+    for y, x in np.ndindex(20, 20):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(colors[:, y, x] / 255))
+        expected[:, y, x] = 255 * np.array(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value))
+    assert np.abs(shift_hue(torch.from_numpy(colors), turns).numpy() - expected).max() <= 0.51
+
+
+def test_jitter_is_that_of_torchvision_within_a_grey_level_a_step():
+    image = tv_tensors.Image(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8))
+    settings = {"brightness": 0.2, "contrast": 0.3, "saturation": 0.3, "hue": 0.03}
+    for seed in range(8):
+        results = []
+        for jitter in (ColorJitterOfThree(**settings), v2.ColorJitter(**settings)):
+            torch.manual_seed(seed)
+            results.append(jitter(image).int())
+            after = torch.rand(())
+        difference = (results[0] - results[1]).abs()
+        assert difference.max() <= 3 and difference.float().mean() < 0.3
+        torch.manual_seed(seed)
+        ColorJitterOfThree(**settings)(image)
+        assert torch.rand(()) == after, "as many numbers are drawn as before"
 
 
 def items(n=2, size=16):

@@ -1,4 +1,4 @@
-"""Scores and speed of a model on a split."""
+"""Scores of a model tile by tile, and its speed."""
 
 import math
 import statistics
@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from drd_hf.data.transforms import EvalTransform, SegmentationCollator
+from drd_hf.data.splits import SegmentationInfo
+from drd_hf.data.transforms import EvalTransform, SegmentationCollator, undecoded
 from drd_hf.errors import UserError
 from drd_hf.features import input_channels
 from drd_hf.metrics import SegmentationMetrics
@@ -25,6 +27,8 @@ def evaluate_model(
     batch_size: int = 8,
     device: str | torch.device | None = None,
     channels: Sequence[int] | None = None,
+    label: str = "label",
+    info: SegmentationInfo | None = None,
 ) -> SegmentationMetrics:
     """Predict every tile of a split and count the pixels.
 
@@ -38,6 +42,8 @@ def evaluate_model(
         batch_size: tiles per forward pass.
         device: default CUDA if there is one, else CPU.
         channels: channels of the tiles that the model reads, in its order. None: all.
+        label: column of the reference, `label` or `label_eroded`.
+        info: of the prepared dataset; a streamed split needs it.
 
     Returns:
         The metrics object, for `.compute()` and `.matrix`.
@@ -45,11 +51,11 @@ def evaluate_model(
     Raises:
         UserError: the dataset has labels that the model does not know.
     """
-    device = _device(device)
+    device = usable_device(device)
     model = model.to(device).eval()
     metrics = SegmentationMetrics(model.config.id2label)
     loader = DataLoader(
-        dataset.with_transform(EvalTransform(dataset)),
+        _tiles(dataset, label, info),
         batch_size=batch_size,
         collate_fn=SegmentationCollator(processor, num_labels=model.config.num_labels, channels=channels),
     )
@@ -58,6 +64,23 @@ def evaluate_model(
             logits = model(pixel_values=batch["pixel_values"].to(device)).logits
             metrics.update(logits, batch["labels"].to(device))
     return metrics
+
+
+def _tiles(dataset, label: str, info: SegmentationInfo | None):
+    if not isinstance(dataset, IterableDataset):
+        return undecoded(dataset).with_transform(EvalTransform(dataset, label=label))
+    if info is None:
+        raise UserError("a streamed split is evaluated with the info of its dataset: give info=splits.info")
+    columns = list(dataset.features)
+    return undecoded(dataset).map(
+        EvalTransform(info=info, label=label), batched=True, batch_size=8, remove_columns=columns
+    )
+
+
+def protocol_of(info: SegmentationInfo, label: str = "label") -> str:
+    """How `evaluate_model` counted, in words; where a dataset has two references, with the name of the one taken."""
+    reference = "eroded reference" if label == "label_eroded" else "full reference"
+    return f"{EVALUATION_PROTOCOL}, {reference}" if info.has_eroded else EVALUATION_PROTOCOL
 
 
 def finite_json(value):
@@ -82,9 +105,13 @@ def check_labels(model: PreTrainedModel, id2label: dict[int, str], what: str) ->
 
 
 def milliseconds_per_tile(
-    models: Iterable[PreTrainedModel], tile_size: int, device: str | torch.device | None = None, rounds: int = 15
+    models: Iterable[PreTrainedModel],
+    tile_size: int,
+    device: str | torch.device | None = None,
+    rounds: int = 15,
+    batch_size: int = 1,
 ) -> list[float]:
-    """Median time of one forward pass on one blank tile, in milliseconds, for each model.
+    """Median time of one forward pass on one blank tile (or `batch_size` of them), in milliseconds, for each model.
 
     The models take turns within every round, so that a change of the machine's speed meets all of them alike.
 
@@ -93,10 +120,12 @@ def milliseconds_per_tile(
         tile_size: side of the tile in pixels.
         device: default CUDA if there is one, else CPU.
         rounds: timed passes of each model, after two that are not counted.
+        batch_size: tiles in a pass.
     """
-    device = _device(device)
+    device = usable_device(device)
     models = [model.to(device).eval() for model in models]
-    tiles = [torch.zeros(1, input_channels(model), tile_size, tile_size, device=device) for model in models]
+    shape = (tile_size, tile_size)
+    tiles = [torch.zeros(batch_size, input_channels(model), *shape, device=device) for model in models]
     times = [[] for _ in models]
     with torch.inference_mode():
         for turn in range(rounds + 2):
@@ -110,7 +139,8 @@ def milliseconds_per_tile(
     return [statistics.median(of_model) for of_model in times]
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name; without one CUDA if there is a GPU, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)

@@ -1,0 +1,452 @@
+"""Class maps of rasters of any size: rows of windows are read, predicted and written as they complete."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from accelerate.utils import gather_object
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.windows import Window
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from drd_hf import __version__
+from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.rasters import DAMAGE
+from drd_hf.data.transforms import normalization_of
+from drd_hf.errors import UserError
+from drd_hf.features import input_channels
+from drd_hf.inference.maps import (
+    PROBABILITY_SCALE,
+    RUN_TAG,
+    MapWriter,
+    class_colors,
+    close_part,
+    finish_map,
+    join_parts,
+    part_path,
+    run_of,
+)
+from drd_hf.inference.polygons import FORMATS, check_polygons, write_polygons
+from drd_hf.inference.windows import WindowGrid, blended_blocks, window_grid
+from drd_hf.models import bands_of
+
+# A cache of GDAL's default size, a twentieth of the machine, would be most of what a prediction takes. A damaged JPEG is
+# an error, not grey. What GDAL says on its own beside the exceptions goes nowhere.
+GDAL_OPTIONS = {
+    "GDAL_CACHEMAX": 64,
+    "GDAL_PAM_ENABLED": True,
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,
+    "CPL_LOG": os.devnull,
+}
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """Of a raster: height and width in pixels, and whether it says where on Earth it lies."""
+
+    height: int
+    width: int
+    georeferenced: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is made from what. `fingerprint` is that of the model, the source and every option that changes pixels."""
+
+    source: str
+    destination: Path
+    probabilities: Path | None
+    vector: Path | None
+    bands: tuple[int, ...] | None
+    grid: WindowGrid
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    tags: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """For everything unfinished; a killed run leaves it behind, and the next one clears it."""
+        return self.destination.with_name(f".{self.destination.name}.tmp")
+
+
+def predict_raster(
+    model: PreTrainedModel,
+    processor,
+    source: str | Path,
+    destination: str | Path,
+    tile: int = 512,
+    overlap: float = 0.25,
+    batch_size: int = 4,
+    bands: Sequence[int] | None = None,
+    probabilities: str | Path | None = None,
+    vector: str | Path | None = None,
+    colors: Sequence[tuple[int, int, int]] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    fingerprint: str | None = None,
+    state=None,
+) -> bool:
+    """The class map of a raster of any size, as `predict_image` would give it, in bounded memory.
+
+    The map is uint8, class ids and 255 where the source has no data (no-data value, alpha or mask). It keeps the
+    source's coordinate reference system, transform, ground control points and RPCs, and carries the colours and names of
+    the classes. It is a cloud optimised GeoTIFF; names are also in `destination.aux.xml`, where GIS programs look for
+    them. A destination that ends in .png becomes a palette PNG, which has no georeference.
+
+    Whatever has one of the final names is complete: files are written in a folder beside the destination and moved
+    when they are whole. A second call makes only what is missing.
+
+    Args:
+        model, processor, tile, overlap, batch_size: as in `predict_image`.
+        source: whatever rasterio opens, with bands of 8 bits.
+        destination: .tif, .tiff or .png.
+        bands: numbers of the source's bands, from 1, in the order in which the model reads them. None: all of them, if
+            they are as many as the model reads; alpha is left out where there is one more.
+        probabilities: .tif for one more GeoTIFF with a band for each class: uint8, 250 times the probability (the scale,
+            0.004, is in the file), 255 where there is no data.
+        vector: .gpkg or .geojson for the polygons of equal class, with `class_id`, `class` and an area: `area_m2`, on the
+            ellipsoid if the coordinates are degrees, or `area_px` without a reference system. A GeoPackage has the
+            coordinates of the source (pixels, if it has none), GeoJSON has degrees of WGS 84. Needs the extra `vector`.
+            Memory grows with the number of polygons, not of pixels.
+        colors: K RGB colours, 0-255. None: those of ISPRS or Cityscapes where the classes are theirs, else bright ones.
+        overwrite: replace what was made by another model, from another source or with other options.
+        progress: show a bar over the windows.
+        fingerprint: `model_fingerprint(model, processor)`, to compute it once for many rasters.
+        state: of `accelerate`, a PartialState or Accelerator. Each of its processes predicts a strip of the raster, the
+            first one joins the strips. All have to call this function, with the same arguments.
+
+    Returns:
+        Whether anything had to be done.
+
+    Raises:
+        UserError: the source cannot be read or does not fit the model, the outputs cannot be written, or they exist and
+            are not those that this call would make.
+    """
+    job, todo = _together(
+        state,
+        lambda: _plan(
+            model, processor, source, destination, tile, overlap, bands, probabilities, vector, colors, overwrite, fingerprint
+        ),
+    )  # fmt: skip
+    if not todo:
+        return False
+    index, count = (state.process_index, state.num_processes) if state else (0, 1)
+    count = min(count, len(job.grid.rows))
+    try:
+        if "map" in todo:
+            _together(
+                state,
+                lambda: index < count and _predict_part(model, processor, job, index, count, batch_size, progress),
+            )
+        _together(state, lambda: index == 0 and _finish(job, count, todo))
+    finally:
+        if index == 0:
+            shutil.rmtree(job.folder, ignore_errors=True)
+    return True
+
+
+def source_facts(source: str | Path) -> SourceFacts:
+    """Size and georeference of a raster.
+
+    Raises:
+        UserError: it is missing, is no raster or has no pixels.
+    """
+    with _opened(source) as dataset:
+        georeferenced = bool(dataset.crs or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs)
+        return SourceFacts(dataset.height, dataset.width, georeferenced)
+
+
+def model_fingerprint(model: PreTrainedModel, processor) -> str:
+    """A hash of the weights, their type, the classes and the normalisation: equal for models that give equal maps."""
+    content = hashlib.sha256()
+    facts = [__version__, dict(model.config.id2label), bands_of(model.config), normalization_of(processor)]
+    content.update(json.dumps([*facts, str(model.dtype)], default=str).encode())
+    if isinstance(model, torch.nn.Module):
+        content.update(repr(model.config).encode())
+        for name, tensor in model.state_dict().items():
+            content.update(name.encode())
+            content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    else:  # an ONNX file
+        content.update(Path(model.session._model_path).read_bytes())
+    return content.hexdigest()
+
+
+def _together(state, work: Callable[[], object]):
+    """Do the same in all processes; what fails in one of them is raised in all, so that none waits for it forever."""
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as failure:
+        error = failure
+    if state is not None and state.num_processes > 1:
+        errors = [text for text in gather_object([error and str(error)]) if text]
+        if errors:
+            raise UserError(errors[0])
+    elif error:
+        raise error
+    return result
+
+
+def _plan(
+    model, processor, source, destination, tile, overlap, bands, probabilities, vector, colors, overwrite, fingerprint
+) -> tuple[_Job, set[str]]:
+    """The job, and what of it is still to do."""
+    source, destination = str(source), Path(destination)
+    probabilities, vector = probabilities and Path(probabilities), vector and Path(vector)
+    names = tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
+    _check_outputs(source, destination, probabilities, vector)
+    if len(names) > IGNORE_INDEX:
+        raise UserError(f"the model has {len(names)} classes: a map of 8 bits holds at most {IGNORE_INDEX}")
+    colors = class_colors(names) if colors is None else tuple(tuple(map(int, color)) for color in colors)
+    if len(colors) != len(names):
+        raise UserError(f"{len(colors)} colours for {len(names)} classes: pass one colour per class")
+    with _opened(source) as dataset:
+        grid = window_grid(dataset.height, dataset.width, tile, overlap)
+        chosen = _choose_bands(model, dataset, source, bands)
+        if vector:
+            check_polygons(vector, source, dataset.crs)
+    file = Path(source)
+    options = {
+        "model": fingerprint or model_fingerprint(model, processor),
+        "source": [file.name, file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else [source],
+        "bands": chosen,
+        "tile": tile,
+        "overlap": overlap,
+        "colors": colors,
+    }
+    run = hashlib.sha256(json.dumps(options, default=str).encode()).hexdigest()[:32]
+    tags = {
+        RUN_TAG: run,
+        "MODEL": Path(str(model.config.name_or_path)).name,
+        "TILE": str(tile),
+        "OVERLAP": str(overlap),
+    }
+    tags["SOFTWARE"] = f"drd_hf {__version__}"
+    job = _Job(source, destination, probabilities, vector, chosen, grid, names, colors, tags)
+    return job, {"map", *(["vector"] if vector else [])} if overwrite else _missing(job, run)
+
+
+def _missing(job: _Job, run: str) -> set[str]:
+    remedy = "give --overwrite (overwrite=True) to replace it, or another output"
+    same = {}
+    for path in filter(None, (job.destination, job.probabilities)):
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a broken link counts as a file
+            with _environment():
+                same[path] = run_of(path) == run
+    for path, ours in same.items():
+        if not ours:
+            raise UserError(f"{path}: was not made from this source by this model with these options: {remedy}")
+    todo = set() if all(path in same for path in filter(None, (job.destination, job.probabilities))) else {"map"}
+    if job.vector:
+        # Polygons are made after their map, and those of an older map go before it is replaced.
+        exists = job.vector.exists()
+        if exists and not (
+            job.destination in same and job.vector.stat().st_mtime_ns >= job.destination.stat().st_mtime_ns
+        ):
+            raise UserError(f"{job.vector}: was not made from the map {job.destination}: {remedy}")
+        if todo or not exists:
+            todo.add("vector")
+    return todo
+
+
+def _check_outputs(source: str, destination: Path, probabilities: Path | None, vector: Path | None) -> None:
+    wanted = {destination: {".tif", ".tiff", ".png"}, probabilities: {".tif", ".tiff"}, vector: set(FORMATS)}
+    wanted.pop(None, None)
+    if len(wanted) < 1 + bool(probabilities) + bool(vector):
+        raise UserError(f"{destination}: is named for two outputs")
+    for path, endings in wanted.items():
+        if path.suffix.lower() not in endings:
+            raise UserError(f"{path}: give it a name that ends in {' or '.join(sorted(endings))}")
+        if not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: its folder does not exist")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder")
+        if path.exists() and os.path.exists(source) and path.samefile(source):
+            raise UserError(f"{path}: is the source itself: choose another output")
+
+
+def _choose_bands(model, dataset, source: str, bands: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Band numbers, or None for the three colours of a palette."""
+    number, names = input_channels(model), bands_of(model.config)
+    reads = f"the model reads {number}" + (f" ({', '.join(names)})" if names else "")
+    alpha = dataset.count > 1 and dataset.colorinterp[-1] == ColorInterp.alpha
+    if bands is None:
+        if dataset.colorinterp[0] == ColorInterp.palette and dataset.count == 1 and number == 3:
+            return None
+        if number not in (dataset.count, dataset.count - alpha):
+            raise UserError(f"{source}: has {dataset.count} bands, {reads}: choose them with --bands (bands=)")
+        bands = range(1, number + 1)
+    bands = tuple(int(band) for band in bands)
+    if len(bands) != number:
+        raise UserError(f"{source}: {len(bands)} bands are chosen, {reads}")
+    if wrong := [band for band in bands if not 1 <= band <= dataset.count]:
+        raise UserError(f"{source}: has no band {wrong[0]}, it has {dataset.count}")
+    if types := sorted({dataset.dtypes[band - 1] for band in bands} - {"uint8"}):
+        raise UserError(
+            f"{source}: has {', '.join(types)} values, the model reads 8 bits: convert it, as for training"
+        )
+    return bands
+
+
+def _predict_part(model, processor, job: _Job, index: int, count: int, batch_size: int, progress: bool) -> None:
+    """Write the rows of one of `count` equal ranges of window rows."""
+    grid = job.grid
+    first, last = (len(grid.rows) * i // count for i in (index, index + 1))
+    top, bottom = grid.rows[first], grid.row_ends[last - 1]
+    number = model.config.num_labels
+    job.folder.mkdir(exist_ok=True)
+    total = (last - grid.first_touching(top)) * len(grid.columns)
+    bar = tqdm(total=total, desc=Path(job.source).name, unit="window", disable=not progress or index > 0, leave=False)
+    bands = {"map": 1} | ({"probabilities": number} if job.probabilities else {})
+    with _opened(job.source) as dataset, bar, contextlib.ExitStack() as open_files:
+        writers = {}
+        for kind in bands:
+            path = part_path(job.folder, kind, index)
+            path.with_suffix(".json").unlink(missing_ok=True)
+            with _writing(job.destination):
+                writers[kind] = MapWriter(path, bottom - top, grid.width, bands[kind])
+            open_files.enter_context(writers[kind].dataset)
+        blocks = blended_blocks(
+            model, processor, _reader(dataset, job), grid, batch_size, first, last, progress=bar.update
+        )
+        # One window row is gathered on the model's device, and leaves it at once: no wait for each window.
+        for window_row in range(first, last):
+            height = grid.row_ends[window_row] - grid.rows[window_row]
+            ids = torch.empty(height, grid.width, dtype=torch.uint8, device=model.device)
+            shares = (
+                torch.empty(number, *ids.shape, dtype=torch.uint8, device=model.device) if job.probabilities else None
+            )
+            valid = None
+            for _ in grid.columns:
+                _, column, block, block_valid = next(blocks)
+                columns = slice(column, column + block.shape[2])
+                ids[:, columns] = block.argmax(dim=0).to(torch.uint8)
+                if shares is not None:
+                    shares[:, :, columns] = (block / PROBABILITY_SCALE).round_().to(torch.uint8)
+                if block_valid is not None:
+                    valid = np.ones(ids.shape, bool) if valid is None else valid
+                    valid[:, columns] = block_valid
+            for kind, rows in (("map", ids[None]), ("probabilities", shares)):
+                if kind in writers:
+                    rows = rows.cpu().numpy()
+                    if valid is not None:
+                        rows[:, ~valid] = IGNORE_INDEX
+                    with _writing(job.destination):
+                        writers[kind].write(rows)
+        for writer in writers.values():
+            with _writing(job.destination):
+                close_part(writer)
+
+
+def _reader(dataset, job: _Job) -> Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]:
+    """`read` of `blended_blocks`: rows of the chosen bands, and where they have data."""
+    flags = {flag for band in dataset.mask_flag_enums for flag in band}
+    data_is_alpha = job.bands and dataset.colorinterp[-1] == ColorInterp.alpha and dataset.count in job.bands
+    masked = flags != {MaskFlags.all_valid} and not data_is_alpha
+    colors = np.zeros((256, 4), np.uint8)
+    if job.bands is None:
+        for index, color in dataset.colormap(1).items():
+            colors[index] = color
+
+    def read(row: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        window = Window(0, row, dataset.width, count)
+        try:
+            if job.bands is None:
+                pixels = colors[dataset.read(1, window=window)]
+                return np.ascontiguousarray(pixels[..., :3]), pixels[..., 3] > 0
+            pixels = np.ascontiguousarray(dataset.read(job.bands, window=window).transpose(1, 2, 0))
+            return pixels, dataset.dataset_mask(window=window) > 0 if masked else None
+        except DAMAGE as error:
+            raise UserError(f"{job.source}: is damaged or cut short ({_reason(error)}); get it again") from error
+
+    return read
+
+
+def _finish(job: _Job, count: int, todo: set[str]) -> None:
+    """Join the parts and move everything into place: the probabilities, then the map, then its polygons."""
+    job.folder.mkdir(exist_ok=True)
+    if "map" in todo:
+        made = {}
+        with _opened(job.source) as dataset:
+            for kind, path in (("probabilities", job.probabilities), ("map", job.destination)):
+                if path:
+                    final = job.folder / f"final-{kind}{path.suffix.lower()}"
+                    made[path] = final
+                    # Nothing of what is written depends on a file beside it, but for the names of the classes.
+                    with _writing(path), rasterio.Env(GDAL_PAM_ENABLED=False):
+                        reference = None if final.suffix == ".png" else dataset
+                        joined, written = join_parts(
+                            job.folder, kind, count, reference, job.names, job.colors, job.tags
+                        )
+                        if not written.has_data:
+                            raise UserError(f"{job.source}: has no pixel with data")
+                        finish_map(joined, written, final, job.names)
+        if job.vector:
+            job.vector.unlink(missing_ok=True)
+        for path, final in made.items():
+            with _writing(path):
+                beside, beside_final = path.with_name(f"{path.name}.aux.xml"), final.with_name(f"{final.name}.aux.xml")
+                beside.unlink(missing_ok=True)
+                if beside_final.exists():
+                    os.replace(beside_final, beside)
+                os.replace(final, path)
+    if "vector" in todo:
+        temporary = job.folder / f"polygons{job.vector.suffix.lower()}"
+        with _writing(job.vector), _environment():
+            write_polygons(job.destination, temporary, job.names)
+            os.replace(temporary, job.vector)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    with rasterio.Env(**GDAL_OPTIONS), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path):
+    """A raster for reading; what GDAL cannot open is one line that names it."""
+    source = str(source)
+    remote = "://" in source or source.startswith("/vsi")
+    if not remote and not os.path.exists(source):
+        raise UserError(f"{source}: no such file")
+    if not remote and os.path.isfile(source) and not os.path.getsize(source):
+        raise UserError(f"{source}: is empty")
+    with _environment():
+        try:
+            dataset = rasterio.open(source)
+        except DAMAGE as error:
+            raise UserError(f"{source}: cannot be read as an image ({_reason(error, source)})") from error
+        with dataset:
+            if not (dataset.count and dataset.width and dataset.height):
+                raise UserError(f"{source}: has no bands of pixels of its own")
+            yield dataset
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(f"{path}: cannot be written, is the disk full? ({_reason(error)})") from error
+
+
+def _reason(error: BaseException, source: str = "") -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).replace(f"'{source}'", "").split()) or type(error).__name__

@@ -1,0 +1,177 @@
+"""Windows over an image: where they lie, what the model says about them, and how their answers are blended.
+
+Rows and columns that no later window touches are given away at once. What stays in memory is one window's width of the
+window row at work, and the rows that this window row shares with the next one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from drd_hf.data.tiles import tile_origins
+from drd_hf.data.transforms import normalization_of, normalize
+from drd_hf.errors import UserError
+
+ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Windows of `window` = (height, width) pixels that cover an image; `rows` and `columns` are their first pixels."""
+
+    height: int
+    width: int
+    window: tuple[int, int]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def row_ends(self) -> tuple[int, ...]:
+        """For each window row the first pixel row that the next one touches too."""
+        return (*self.rows[1:], self.height)
+
+    @property
+    def column_ends(self) -> tuple[int, ...]:
+        return (*self.columns[1:], self.width)
+
+    def first_touching(self, row: int) -> int:
+        """The first window row that covers a pixel row."""
+        return next(i for i, top in enumerate(self.rows) if top + self.window[0] > row)
+
+
+class Block(NamedTuple):
+    """A finished part of the image.
+
+    `probabilities` are float32 (K, h, w) on the model's device and add up to 1 over K, or are all 0 in places where no
+    window had data; `valid` is bool (h, w), None where every pixel has data.
+    """
+
+    row: int
+    column: int
+    probabilities: torch.Tensor
+    valid: np.ndarray | None
+
+
+def window_grid(height: int, width: int, tile: int, overlap: float) -> WindowGrid:
+    """The windows of `tile` pixels, each of which shares the part `overlap` with the next one.
+
+    The last window of a row or column is shifted inward: no border is padded. An image smaller than a tile is one window.
+
+    Raises:
+        UserError: `tile` and `overlap` leave no step.
+    """
+    if not 0 <= overlap < 1 or tile < 1:
+        raise UserError(f"tile={tile}, overlap={overlap}: give a tile of at least 1 pixel and 0 <= overlap < 1")
+    stride = max(1, round(tile * (1 - overlap)))
+    window = (min(tile, height), min(tile, width))
+    rows, columns = (
+        tuple(tile_origins(length, side, min(stride, side)))
+        for length, side in zip((height, width), window, strict=True)
+    )
+    return WindowGrid(height, width, window, rows, columns)
+
+
+@torch.inference_mode()
+def blended_blocks(
+    model: PreTrainedModel,
+    processor,
+    read: ReadRows,
+    grid: WindowGrid,
+    batch_size: int = 4,
+    first: int = 0,
+    last: int | None = None,
+    progress: Callable[[int], None] = lambda windows: None,
+) -> Iterator[Block]:
+    """Class probabilities of an image, in blocks that cover it once: from top to bottom, in each window row from left to right.
+
+    Args:
+        model, processor: as in `predict_image`; the model is left in eval mode.
+        read: `read(row, count)` gives uint8 (count, W, C) and, where pixels are without data, bool (count, W) that is
+            False there; else None. It is called with ascending rows and for no row twice.
+        batch_size: windows per forward pass. A batch ends with its window row, so that a part of the window rows gives
+            the same numbers as all of them.
+        first, last: window rows whose blocks are wanted, `last` excluded. Those above that reach into them are predicted
+            too.
+        progress: called with the number of windows that were predicted since the last call.
+    """
+    (height, width), number = grid.window, model.config.num_labels
+    last = len(grid.rows) if last is None else last
+    start = grid.first_touching(grid.rows[first])
+    device = model.device
+    down = [weights.to(device)[:, None] for weights in _weights(grid.rows, height)]
+    across = [weights.to(device) for weights in _weights(grid.columns, width)]
+    shared = [top + height - end for top, end in zip(grid.rows, grid.row_ends, strict=True)]
+    carry = torch.zeros(number, max(shared[start:last]), grid.width, device=device)
+    carried = 0  # rows of `carry` that the window row before has written
+    strip, valid, read_to = None, None, grid.rows[start]
+    model.eval()
+    for i in range(start, last):
+        top, done = grid.rows[i], height - shared[i]
+        strip, valid = _next_strip(read, strip, valid, top, read_to, height)
+        read_to = top + height
+        part = torch.zeros(number, height, width, device=device)  # the columns at work, weighted sums
+        for begin in range(0, len(grid.columns), batch_size):
+            batch = range(len(grid.columns))[begin : begin + batch_size]
+            places = {j: slice(grid.columns[j], grid.columns[j] + width) for j in batch}
+            seen = [j for j in batch if valid is None or valid[:, places[j]].any()]
+            logits = _logits(model, processor, [strip[:, places[j]] for j in seen]) if seen else []
+            answers = dict(zip(seen, logits, strict=True))
+            for j in batch:
+                if j in answers:
+                    resized = F.interpolate(
+                        answers[j][None].float(), size=grid.window, mode="bilinear", align_corners=False
+                    )
+                    part += resized[0].softmax(dim=0).mul_(across[j]).mul_(down[i])
+                column, ready = grid.columns[j], grid.column_ends[j] - grid.columns[j]
+                columns = slice(column, column + ready)
+                block = part[:, :, :ready].clone()
+                block[:, :carried] += carry[:, :carried, columns]
+                carry[:, : shared[i], columns] = block[:, done:]
+                remaining = part[:, :, ready:].clone()
+                part[:, :, : width - ready] = remaining
+                part[:, :, width - ready :] = 0
+                if i >= first:
+                    yield Block(top, column, block[:, :done], None if valid is None else valid[:done, columns])
+            progress(len(batch))
+        carried = shared[i]
+
+
+def _next_strip(read: ReadRows, strip, valid, top: int, read_to: int, height: int):
+    """Pixels and mask of the rows of a window row; those that it shares with the one before are not read again."""
+    new, new_valid = read(read_to, top + height - read_to)
+    if strip is None or read_to == top:
+        return new, new_valid
+    kept = slice(len(strip) - (read_to - top), None)
+    if valid is not None or new_valid is not None:
+        old = np.ones(strip.shape[:2], bool) if valid is None else valid
+        new_valid = np.ones(new.shape[:2], bool) if new_valid is None else new_valid
+        valid = np.concatenate([old[kept], new_valid])
+    return np.concatenate([strip[kept], new]), valid
+
+
+def _logits(model: PreTrainedModel, processor, windows: list[np.ndarray]) -> torch.Tensor:
+    pixels = torch.from_numpy(np.stack(windows)).to(model.device).permute(0, 3, 1, 2)  # (B, C, h, w) uint8
+    pixel_values = normalize(pixels, *normalization_of(processor))
+    return model(pixel_values=pixel_values.to(model.dtype)).logits
+
+
+def _weights(origins: tuple[int, ...], length: int) -> list[torch.Tensor]:
+    """Along one axis, for each window the weights of its pixels: Hann windows, over their sum at each pixel.
+
+    The grid is full, so that the weight of a pixel in a window is the product of those of its row and its column.
+    """
+    hann = _hann(length)
+    total = torch.zeros(origins[-1] + length, dtype=hann.dtype)
+    for origin in origins:
+        total[origin : origin + length] += hann
+    return [(hann / total[origin : origin + length]).float() for origin in origins]
+
+
+def _hann(length: int) -> torch.Tensor:
+    """Hann window without its zero ends: every pixel keeps some weight."""
+    return torch.sin((torch.arange(length, dtype=torch.float64) + 0.5) / length * torch.pi).square()
