@@ -81,7 +81,8 @@ def score_on_test(folder: str) -> None:
     scores, finished = ROOT / folder / "test.json", ROOT / folder / "run.json"
     if not scores.is_file() or scores.stat().st_mtime < finished.stat().st_mtime:
         run(
-            f"python scripts/evaluate.py --model {folder} --dataset data/dubai --split test --output {folder}/test.json"
+            f"python scripts/evaluate.py --model {folder} --dataset data/dubai --split test --windows tiles "
+            f"--output {folder}/test.json"
         )
 
 
@@ -92,7 +93,8 @@ def entry(folder: str, with_test: bool) -> dict | None:
     run = json.loads((ROOT / folder / "run.json").read_text())
     by_split = {"validation": run["results"]["model"]["validation"]}
     if with_test:
-        by_split["test"] = json.loads((ROOT / folder / "test.json").read_text())["scores"]
+        scores = json.loads((ROOT / folder / "test.json").read_text())["scores"]
+        by_split["test"] = {name.rpartition("/")[2]: value for name, value in scores.items()}  # without the protocol
     scores = {
         f"{split}_{name}": value
         for split, values in by_split.items()

@@ -107,13 +107,13 @@ def write_raster(path: Path, side: int) -> None:
 
 def exactness(tile: int) -> dict:
     image = np.random.default_rng(1).integers(0, 256, (1500, 1300, 3), dtype=np.uint8)
-    whole = predict_image(PixelModel(), PROCESSOR, image, tile=1500)
+    whole = predict_image(PixelModel(), PROCESSOR, image, tile=1536)
     windows = predict_image(PixelModel(), PROCESSOR, image, tile=tile)
     return {"pixels": whole.size, "other_class": int((whole != windows).sum())}
 
 
 def agreement(model, processor, image: np.ndarray, tile: int, overlap: float) -> float:
-    whole = predict_image(model, processor, image, tile=max(image.shape))
+    whole = predict_image(model, processor, image, tile=max(image.shape) + 31)
     return float((predict_image(model, processor, image, tile=tile, overlap=overlap) == whole).mean())
 
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drd_hf import load_image_processor, load_splits, load_teacher
+from drd_hf import load_splits
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import UserError, run_script
 from drd_hf.evaluation import (
@@ -29,6 +29,7 @@ from drd_hf.evaluation.report import (
     write_report,
     write_source_picture,
 )
+from drd_hf.export import load_segmenter
 from drd_hf.models import find_channels
 
 
@@ -76,16 +77,6 @@ class EvaluationArguments:
     pictures: bool = field(default=True, metadata={"help": "Also a picture of each image into the output folder."})
 
 
-def load(name: str) -> tuple:
-    """Model and image processor, also of an ONNX file."""
-    if not name.endswith(".onnx"):
-        return load_teacher(name), load_image_processor(name)
-    from drd_hf.export import OnnxSegmenter
-
-    model = OnnxSegmenter(name)
-    return model, model.processor
-
-
 def main() -> None:
     (args,) = parse_arguments(EvaluationArguments, description=__doc__)
     require(model=args.model, dataset=args.dataset)
@@ -104,7 +95,7 @@ def main() -> None:
     info, dataset = splits.info, splits[args.split]
     references = references_of(info, args.reference)
     protocol = find_protocol(args.protocol, info, "-tiles" if by_tiles else "-tta" if args.tta else "")
-    model, processor = load(args.model)
+    model, processor = load_segmenter(args.model)
     check_labels(model, info.id2label, args.model)
     channels = find_channels(model, info.bands, args.model, "channels", args.channels)
     state = join_processes(args.device)

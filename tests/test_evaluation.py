@@ -24,6 +24,7 @@ from drd_hf.data import (
     prepare_dataset,
 )
 from drd_hf.data.tiles import tile_at
+from drd_hf.data.transforms import undecoded
 from drd_hf.errors import UserError
 from drd_hf.evaluation import (
     AugmentedModel,
@@ -232,6 +233,17 @@ def test_ranks_share_the_images(five_bands, streaming):
     dataset = load_splits(five_bands, streaming=streaming)["test"]
     of_ranks = [[(s.number, s.name) for s in joined_sources(dataset, rank=rank, world_size=2)] for rank in (0, 1)]
     assert of_ranks == [[(0, "square1"), (2, "square3")], [(1, "square2")]]
+
+
+def test_a_damaged_tile_is_named_with_its_image(five_bands):
+    def cut_short(row):
+        if row["source"] == "square2":
+            row["image"] = {"bytes": row["image"]["bytes"][:200], "path": None}
+        return row
+
+    dataset = undecoded(load_splits(five_bands)["test"]).map(cut_short)
+    with pytest.raises(UserError, match="^square2: the image of a tile is damaged"):
+        list(joined_sources(dataset))
 
 
 def five_band_model():

@@ -58,6 +58,17 @@ def test_an_image_of_one_window_is_what_the_model_says():
     assert agreement > 0.999  # weighting and unweighting may decide a tie between two classes the other way
 
 
+def test_sizes_that_networks_round_up_do_not_shift_the_answer():
+    # A SegFormer stretches its coarsest features, 3 cells for 65 pixels, over all of them: classes moved by up to 31 pixels.
+    # On a photo of 1074 x 739 pixels windows and the whole image then agreed on 91 % of the pixels, cut to 1056 x 736 on 97 %.
+    model = tiny_model("segformer").eval()
+    image = np.random.default_rng(5).integers(0, 256, (65, 70, 3), dtype=np.uint8)
+    continued = np.pad(image, ((0, 31), (0, 26), (0, 0)), mode="symmetric")
+    expected = predict_image(model, PROCESSOR, continued, tile=96, return_probabilities=True)[1][:, :65, :70]
+    probabilities = predict_image(model, PROCESSOR, image, tile=96, return_probabilities=True)[1]
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
 def test_blended_windows_have_softer_seams_than_cut_ones():
     model = tiny_model("segformer").eval()
     image = np.random.default_rng(2).integers(0, 256, (64, 128, 3), dtype=np.uint8)

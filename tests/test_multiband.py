@@ -102,7 +102,16 @@ def project(tmp_path_factory):
     return folder
 
 
-def scores(folder, model, *words):
+def scores(folder, model, *words, reference="full"):
+    return by_name(report_of(folder, model, *words, reference=reference), reference)
+
+
+def by_name(report, reference="full"):
+    assert all(key.startswith(f"plain-tiles/{reference}/3_classes/") for key in report["scores"])
+    return {key.rpartition("/")[2]: value for key, value in report["scores"].items()}
+
+
+def report_of(folder, model, *words, reference):
     report = folder / "report.json"
     run(
         "evaluate.py",
@@ -112,6 +121,10 @@ def scores(folder, model, *words):
         folder / "tiles",
         "--device",
         "cpu",
+        "--windows",
+        "tiles",
+        "--reference",
+        reference,
         "--output",
         report,
         *words,
@@ -121,7 +134,7 @@ def scores(folder, model, *words):
 
 def test_a_model_learns_from_a_band_that_pictures_do_not_have(project):
     # Guessing gives at most 1/3 of the pixels of a scene whose three classes look alike in all other bands.
-    assert scores(project, "teacher")["scores"]["overall_accuracy"] > 0.8
+    assert scores(project, "teacher")["overall_accuracy"] > 0.8
 
 
 def test_bands_mean_and_deviation_are_in_the_saved_model(project):
@@ -138,9 +151,9 @@ def test_bands_mean_and_deviation_are_in_the_saved_model(project):
 def test_evaluate_finds_the_channels_by_the_names_of_the_bands(project):
     for name in ("teacher", "student", "widened"):
         measured = json.loads((project / name / "run.json").read_text())["results"]["model"]["test"]
-        assert scores(project, name)["scores"] == pytest.approx(measured)
+        assert scores(project, name) == pytest.approx(measured)
     by_hand = scores(project, "student", "--channels", 2, 1, 0)
-    assert by_hand["scores"] == scores(project, "student")["scores"]
+    assert by_hand == scores(project, "student")
 
 
 def test_teacher_and_student_read_their_own_channels(project):
@@ -149,17 +162,17 @@ def test_teacher_and_student_read_their_own_channels(project):
     assert taught["settings"]["teacher_channels"] == [0, 1, 2, 3, 4]
     # They are as good in the run of the student as alone, so they got the bands that they know.
     for name in ("teacher", "student_alone"):
-        assert taught["results"][name]["test"] == pytest.approx(scores(project, "teacher")["scores"])
+        assert taught["results"][name]["test"] == pytest.approx(scores(project, "teacher"))
     widened = json.loads((project / "widened" / "run.json").read_text())
     assert widened["settings"]["teacher_channels"] == [0, 1, 2]  # red, green, blue for a model of photographs
 
 
 def test_a_reference_with_eroded_boundaries_is_scored_apart(project):
-    full, eroded = (scores(project, "teacher", "--reference", name) for name in ("full", "eroded"))
-    assert full["protocol"].endswith("full reference") and eroded["protocol"].endswith("eroded reference")
-    assert np.sum(full["confusion_matrix"]) == 2 * 128 * 128
-    assert np.sum(eroded["confusion_matrix"]) == 2 * (128 - 8) ** 2
-    assert eroded["scores"]["overall_accuracy"] != full["scores"]["overall_accuracy"]
+    full, eroded = (report_of(project, "teacher", reference=name) for name in ("full", "eroded"))
+    assert np.sum(full["confusion_matrices"]["full"]) == 2 * 128 * 128
+    assert np.sum(eroded["confusion_matrices"]["eroded"]) == 2 * (128 - 8) ** 2
+    accuracy, eroded_accuracy = by_name(full)["overall_accuracy"], by_name(eroded, "eroded")["overall_accuracy"]
+    assert eroded_accuracy != accuracy
 
 
 def test_plain_transformers_and_predict_image_agree_on_a_geotiff(project, tmp_path, monkeypatch):

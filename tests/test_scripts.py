@@ -111,6 +111,8 @@ def test_evaluate_agrees_with_the_run(project):
         project / "student",
         "--dataset",
         project / "tiles",
+        "--windows",
+        "tiles",
         "--output",
         project / "scores.json",
         "--device",
@@ -118,8 +120,9 @@ def test_evaluate_agrees_with_the_run(project):
     )
     report = json.loads((project / "scores.json").read_text())
     run = json.loads((project / "student" / "run.json").read_text())
-    assert report["scores"]["mean_iou"] == pytest.approx(run["results"]["model"]["test"]["mean_iou"], abs=1e-6)
-    assert np.array(report["confusion_matrix"]).sum() == 128 * 128
+    mean_iou = report["scores"]["isprs-tiles/full/6_classes/mean_iou"]
+    assert mean_iou == pytest.approx(run["results"]["model"]["test"]["mean_iou"], abs=1e-6)
+    assert np.array(report["confusion_matrices"]["isprs-tiles/full"]).sum() == 128 * 128
     assert "impervious_surface" in done.stdout
 
 

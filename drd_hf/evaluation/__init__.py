@@ -11,6 +11,7 @@ from drd_hf.evaluation.tiles import (
     milliseconds_per_tile,
     protocol_of,
     same_labels,
+    usable_device,
 )
 from drd_hf.evaluation.whole import EvaluatedSource, SourceEvaluation, evaluate_sources
 
@@ -34,4 +35,5 @@ __all__ = [
     "protocol_of",
     "references_of",
     "same_labels",
+    "usable_device",
 ]

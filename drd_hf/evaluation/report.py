@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def join_processes(device: str | None) -> PartialState | None:
     """The processes of `accelerate launch` or `torchrun`; None if this one is alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    return PartialState(cpu=str(device).startswith("cpu") or not torch.accelerator.is_available())
+    cpu = str(device).startswith("cpu") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=30))  # the others may wait for one that has large images
 
 
 def check_output(output: str | Path, overwrite: bool) -> None:

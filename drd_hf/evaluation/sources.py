@@ -63,19 +63,25 @@ def joined_sources(
     dataset = undecoded(dataset)
     if len(bands) > 1:
         dataset = dataset.cast_column("extra_bands", datasets.List(datasets.Image(decode=False)))
-    skip = world_size
-    if not isinstance(dataset, IterableDataset) and world_size > 1:
+    own_only = not isinstance(dataset, IterableDataset) and world_size > 1
+    if own_only:  # a stream is read by all ranks
         of_tiles = dataset["source"][:]
         numbers = {name: i for i, name in enumerate(dict.fromkeys(of_tiles))}
         dataset = dataset.select([i for i, name in enumerate(of_tiles) if numbers[name] % world_size == rank])
-        skip = 1
     seen = set()
     for i, (name, tiles) in enumerate(groupby(dataset, key=itemgetter("source"))):
         if name in seen:
             raise UserError(f"the tiles of {name} do not stand together: pass a split as load_splits gives it")
         seen.add(name)
-        if skip == 1 or i % world_size == rank:
-            yield join_tiles(list(tiles), columns, i * world_size + rank if skip == 1 else i)
+        number = i * world_size + rank if own_only else i
+        if number % world_size != rank:
+            continue
+        try:
+            source = join_tiles(list(tiles), columns, number)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        yield source
+        del source  # before the next one is read
 
 
 def join_tiles(tiles: Sequence[Mapping], columns: Sequence[str] = ("label",), number: int = 0) -> JoinedSource:

@@ -109,33 +109,38 @@ def evaluate_sources(
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
+    def score(source: JoinedSource) -> EvaluatedSource | None:
+        labels = {name: source.references[column] for name, column in columns.items()}
+        labels = {name: label for name, label in labels.items() if label is not None}
+        if not labels:
+            return None
+        image = source.image if channels is None else source.image[..., channels]
+        prediction = predict_image(model, processor, image, tile, overlap, batch_size)
+        accuracy = {}
+        for name, label in labels.items():
+            of_source = SegmentationMetrics(info.id2label)
+            try:
+                of_source.update(prediction, label)
+            except UserError as error:
+                raise UserError(f"{source.name}: {error}") from None
+            metrics[name].merge(of_source)
+            accuracy[name] = of_source.compute()["overall_accuracy"]
+            if name in outlines:
+                outlines[name].update(prediction, label)
+        if on_source is not None:
+            on_source(source, prediction)
+        return EvaluatedSource(source.number, source.name, *image.shape[:2], source.filled_pixels, accuracy)
+
     evaluated, unlabelled = [], []
     with tqdm(desc="evaluate", unit="tile", total=_number_of_tiles(dataset), disable=rank > 0) as progress:
         for source in joined_sources(dataset, list(dict.fromkeys(columns.values())), rank, world_size):
-            found = {name: source.references[column] for name, column in columns.items()}
-            found = {name: label for name, label in found.items() if label is not None}
-            if found:
-                image = source.image if channels is None else source.image[..., channels]
-                prediction = predict_image(model, processor, image, tile, overlap, batch_size)
-                accuracy = {}
-                for name, label in found.items():
-                    of_source = SegmentationMetrics(info.id2label)
-                    try:
-                        of_source.update(prediction, label)
-                    except UserError as error:
-                        raise UserError(f"{source.name}: {error}") from None
-                    metrics[name].merge(of_source)
-                    accuracy[name] = of_source.compute()["overall_accuracy"]
-                    if name in outlines:
-                        outlines[name].update(prediction, label)
-                evaluated.append(
-                    EvaluatedSource(source.number, source.name, *image.shape[:2], source.filled_pixels, accuracy)
-                )
-                if on_source is not None:
-                    on_source(source, prediction)
-            else:
+            scored = score(source)
+            if scored is None:
                 unlabelled.append((source.number, source.name))
+            else:
+                evaluated.append(scored)
             progress.update(source.tiles)
+            del source  # before the next one is read
     if distributed:
         metrics = {name: counted.summed_over_ranks() for name, counted in metrics.items()}
         outlines = {name: counted.summed_over_ranks() for name, counted in outlines.items()}

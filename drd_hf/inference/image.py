@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from drd_hf.errors import UserError
 from drd_hf.features import input_channels
-from drd_hf.inference.windows import blended_blocks, window_grid
+from drd_hf.inference.windows import blended_blocks, class_ids, window_grid
 from drd_hf.models import bands_of
 
 
@@ -23,7 +23,9 @@ def predict_image(
     """Class ids of an image of any size at its native resolution.
 
     Windows of `tile` pixels overlap by the share `overlap`; their class probabilities are blended with a Hann window, so
-    that no seam shows where two meet. The last window of a row or column is shifted inward: no border is padded.
+    that no seam shows where two meet. An image whose sides are no multiples of 32 is continued by its reflection, on the
+    right and below, and the last window of a row or column is shifted inward to end there: no window is stretched, or
+    lies between the pixels of a network's coarsest features. (Give a `tile` that is a multiple of 32 for that.)
 
     Args:
         model: a semantic segmentation model; used on the device it is on, and left in eval mode.
@@ -61,7 +63,7 @@ def predict_image(
 
     for row, column, block, _ in blended_blocks(model, processor, read, grid, batch_size):
         place = (slice(row, row + block.shape[1]), slice(column, column + block.shape[2]))
-        classes[place] = block.argmax(dim=0).to(torch.uint8)
+        classes[place] = class_ids(block)
         if probabilities is not None:
             probabilities[(slice(None), *place)] = block.cpu()
     classes = classes.cpu().numpy()

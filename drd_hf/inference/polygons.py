@@ -6,11 +6,11 @@ from itertools import islice
 from pathlib import Path
 
 import rasterio
-from rasterio.errors import RasterioError
 from rasterio.features import shapes
 from rasterio.warp import transform
 
 from drd_hf.data.facts import IGNORE_INDEX
+from drd_hf.data.rasters import DAMAGE
 from drd_hf.errors import UserError
 
 FORMATS = {".gpkg": "GPKG", ".geojson": "GeoJSON"}
@@ -26,9 +26,9 @@ def check_polygons(path: Path, source: str, crs) -> None:
             raise UserError(f"{source}: has no coordinate reference system, GeoJSON needs one: use a .gpkg")
         try:
             transform(crs, f"EPSG:{WGS84}", [0.0], [0.0])
-        except RasterioError as error:
+        except DAMAGE as error:
             raise UserError(
-                f"{source}: its coordinate reference system has no way to WGS 84, which GeoJSON needs: use a .gpkg"
+                f"{source}: its reference system has no way to WGS 84, which GeoJSON needs: use a .gpkg"
             ) from error
 
 

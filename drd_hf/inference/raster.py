@@ -38,7 +38,7 @@ from drd_hf.inference.maps import (
     run_of,
 )
 from drd_hf.inference.polygons import FORMATS, check_polygons, write_polygons
-from drd_hf.inference.windows import WindowGrid, blended_blocks, window_grid
+from drd_hf.inference.windows import WindowGrid, blended_blocks, class_ids, window_grid
 from drd_hf.models import bands_of
 
 # A cache of GDAL's default size, a twentieth of the machine, would be most of what a prediction takes. A damaged JPEG is
@@ -49,6 +49,10 @@ GDAL_OPTIONS = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,
     "CPL_LOG": os.devnull,
 }
+
+
+PIECE_BYTES = 2**24
+NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # settings that change no answer
 
 
 @dataclass(frozen=True)
@@ -171,14 +175,15 @@ def model_fingerprint(model: PreTrainedModel, processor) -> str:
     """A hash of the weights, their type, the classes and the normalisation: equal for models that give equal maps."""
     content = hashlib.sha256()
     facts = [__version__, dict(model.config.id2label), bands_of(model.config), normalization_of(processor)]
-    content.update(json.dumps([*facts, str(model.dtype)], default=str).encode())
     if isinstance(model, torch.nn.Module):
-        content.update(repr(model.config).encode())
+        settings = model.config.to_dict()
+        facts += [str(model.dtype), {key: settings[key] for key in sorted(settings) if key not in NOT_OF_THE_MODEL}]
         for name, tensor in model.state_dict().items():
             content.update(name.encode())
             content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:  # an ONNX file
         content.update(Path(model.session._model_path).read_bytes())
+    content.update(json.dumps(facts, default=str).encode())
     return content.hexdigest()
 
 
@@ -332,7 +337,7 @@ def _predict_part(model, processor, job: _Job, index: int, count: int, batch_siz
             for _ in grid.columns:
                 _, column, block, block_valid = next(blocks)
                 columns = slice(column, column + block.shape[2])
-                ids[:, columns] = block.argmax(dim=0).to(torch.uint8)
+                ids[:, columns] = class_ids(block)
                 if shares is not None:
                     shares[:, :, columns] = (block / PROBABILITY_SCALE).round_().to(torch.uint8)
                 if block_valid is not None:
@@ -361,17 +366,38 @@ def _reader(dataset, job: _Job) -> Callable[[int, int], tuple[np.ndarray, np.nda
             colors[index] = color
 
     def read(row: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        window = Window(0, row, dataset.width, count)
+        pixels = np.empty((count, dataset.width, len(job.bands or "RGB")), np.uint8)
+        valid = np.ones(pixels.shape[:2], bool) if masked or job.bands is None else None
         try:
-            if job.bands is None:
-                pixels = colors[dataset.read(1, window=window)]
-                return np.ascontiguousarray(pixels[..., :3]), pixels[..., 3] > 0
-            pixels = np.ascontiguousarray(dataset.read(job.bands, window=window).transpose(1, 2, 0))
-            return pixels, dataset.dataset_mask(window=window) > 0 if masked else None
+            for window in _pieces(dataset, row, count):
+                place = (slice(window.row_off - row, window.row_off - row + window.height),
+                         slice(window.col_off, window.col_off + window.width))  # fmt: skip
+                if job.bands is None:
+                    drawn = colors[dataset.read(1, window=window)]
+                    pixels[place], valid[place] = drawn[..., :3], drawn[..., 3] > 0
+                    continue
+                pixels[place] = dataset.read(job.bands, window=window).transpose(1, 2, 0)
+                if masked:
+                    valid[place] = dataset.dataset_mask(window=window) > 0
         except DAMAGE as error:
             raise UserError(f"{job.source}: is damaged or cut short ({_reason(error)}); get it again") from error
+        return pixels, valid
 
     return read
+
+
+def _pieces(dataset, row: int, count: int) -> Iterator[Window]:
+    """Rows in pieces that stay in GDAL's cache until all of their bands are read: nothing is decoded once per band."""
+    block_width = dataset.block_shapes[0][1]
+    pixels = PIECE_BYTES // dataset.count
+    if block_width < dataset.width:
+        width = max(pixels // count // block_width, 1) * block_width
+        for column in range(0, dataset.width, width):
+            yield Window(column, row, min(width, dataset.width - column), count)
+    else:
+        height = max(pixels // dataset.width, 1)
+        for top in range(row, row + count, height):
+            yield Window(0, top, dataset.width, min(height, row + count - top))
 
 
 def _finish(job: _Job, count: int, todo: set[str]) -> None:

@@ -17,12 +17,19 @@ from drd_hf.data.tiles import tile_origins
 from drd_hf.data.transforms import normalization_of, normalize
 from drd_hf.errors import UserError
 
+# Networks halve sizes five times and round up. Where the size of a window is no multiple of this, coarse features end up
+# to 31 pixels off when they are stretched to the size of the fine ones; where its first pixel is none, they see a grid
+# other than that of its neighbours.
+MULTIPLE = 32
 ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """Windows of `window` = (height, width) pixels that cover an image; `rows` and `columns` are their first pixels."""
+    """Windows of `window` = (height, width) pixels that cover an image; `rows` and `columns` are their first pixels.
+
+    The last ones may reach up to 31 pixels beyond the image.
+    """
 
     height: int
     width: int
@@ -58,20 +65,24 @@ class Block(NamedTuple):
 
 
 def window_grid(height: int, width: int, tile: int, overlap: float) -> WindowGrid:
-    """The windows of `tile` pixels, each of which shares the part `overlap` with the next one.
+    """The windows of `tile` pixels, each of which shares the part `overlap` with the next one, or a little more.
 
-    The last window of a row or column is shifted inward: no border is padded. An image smaller than a tile is one window.
+    They start at multiples of 32 pixels, if a step has as many, and cover the image continued to multiples of 32 to the
+    right and below. The last window of a row or column is shifted inward to end there. An image smaller than a tile is
+    one window.
 
     Raises:
         UserError: `tile` and `overlap` leave no step.
     """
     if not 0 <= overlap < 1 or tile < 1:
         raise UserError(f"tile={tile}, overlap={overlap}: give a tile of at least 1 pixel and 0 <= overlap < 1")
+    multiple = MULTIPLE if tile >= MULTIPLE else 1
     stride = max(1, round(tile * (1 - overlap)))
-    window = (min(tile, height), min(tile, width))
+    stride -= stride % multiple if stride > multiple else 0
+    continued = [-(-length // multiple) * multiple for length in (height, width)]
+    window = tuple(min(tile, length) for length in continued)
     rows, columns = (
-        tuple(tile_origins(length, side, min(stride, side)))
-        for length, side in zip((height, width), window, strict=True)
+        tuple(tile_origins(length, side, min(stride, side))) for length, side in zip(continued, window, strict=True)
     )
     return WindowGrid(height, width, window, rows, columns)
 
@@ -112,14 +123,16 @@ def blended_blocks(
     model.eval()
     for i in range(start, last):
         top, done = grid.rows[i], height - shared[i]
-        strip, valid = _next_strip(read, strip, valid, top, read_to, height)
-        read_to = top + height
+        bottom = min(top + height, grid.height)
+        strip, valid = _next_strip(read, strip, valid, top, read_to, bottom)
+        read_to = bottom
+        pixels, mask = _continued(strip, valid, height, grid.columns[-1] + width)
         part = torch.zeros(number, height, width, device=device)  # the columns at work, weighted sums
         for begin in range(0, len(grid.columns), batch_size):
             batch = range(len(grid.columns))[begin : begin + batch_size]
             places = {j: slice(grid.columns[j], grid.columns[j] + width) for j in batch}
-            seen = [j for j in batch if valid is None or valid[:, places[j]].any()]
-            logits = _logits(model, processor, [strip[:, places[j]] for j in seen]) if seen else []
+            seen = [j for j in batch if mask is None or mask[:, places[j]].any()]
+            logits = _logits(model, processor, [pixels[:, places[j]] for j in seen]) if seen else []
             answers = dict(zip(seen, logits, strict=True))
             for j in batch:
                 if j in answers:
@@ -141,17 +154,32 @@ def blended_blocks(
         carried = shared[i]
 
 
-def _next_strip(read: ReadRows, strip, valid, top: int, read_to: int, height: int):
-    """Pixels and mask of the rows of a window row; those that it shares with the one before are not read again."""
-    new, new_valid = read(read_to, top + height - read_to)
+def class_ids(probabilities: torch.Tensor) -> torch.Tensor:
+    """The likeliest class: float (K, h, w) -> uint8 (h, w)."""
+    return probabilities.max(dim=0).indices.to(torch.uint8)  # argmax takes ten times as long on a CPU
+
+
+def _next_strip(read: ReadRows, strip, valid, top: int, read_to: int, bottom: int):
+    """Pixels and mask of the rows from `top` to `bottom`; those that the window row before had too are not read again."""
     if strip is None or read_to == top:
-        return new, new_valid
+        return read(top, bottom - top)
     kept = slice(len(strip) - (read_to - top), None)
+    if read_to == bottom:
+        return strip[kept], None if valid is None else valid[kept]
+    new, new_valid = read(read_to, bottom - read_to)
     if valid is not None or new_valid is not None:
         old = np.ones(strip.shape[:2], bool) if valid is None else valid
         new_valid = np.ones(new.shape[:2], bool) if new_valid is None else new_valid
         valid = np.concatenate([old[kept], new_valid])
     return np.concatenate([strip[kept], new]), valid
+
+
+def _continued(strip: np.ndarray, valid: np.ndarray | None, height: int, width: int):
+    """A strip at the lower or right border, continued by its reflection, which is no data."""
+    missing = ((0, height - strip.shape[0]), (0, width - strip.shape[1]))
+    if not any(after for _, after in missing):
+        return strip, valid
+    return np.pad(strip, (*missing, (0, 0)), mode="symmetric"), None if valid is None else np.pad(valid, missing)
 
 
 def _logits(model: PreTrainedModel, processor, windows: list[np.ndarray]) -> torch.Tensor:
