@@ -169,8 +169,8 @@ def test_teacher_and_student_read_their_own_channels(project):
 
 def test_a_reference_with_eroded_boundaries_is_scored_apart(project):
     full, eroded = (report_of(project, "teacher", reference=name) for name in ("full", "eroded"))
-    assert np.sum(full["confusion_matrices"]["full"]) == 2 * 128 * 128
-    assert np.sum(eroded["confusion_matrices"]["eroded"]) == 2 * (128 - 8) ** 2
+    assert np.sum(full["confusion_matrices"]["plain-tiles/full"]) == 2 * 128 * 128
+    assert np.sum(eroded["confusion_matrices"]["plain-tiles/eroded"]) == 2 * (128 - 8) ** 2
     accuracy, eroded_accuracy = by_name(full)["overall_accuracy"], by_name(eroded, "eroded")["overall_accuracy"]
     assert eroded_accuracy != accuracy
 
