@@ -8,6 +8,12 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """Wrong input: the message is one line that names the file, layer or option and says what to do."""
 
+    def __init__(self, message: str = ""):
+        # A DataLoader raises the errors of its worker processes anew, their traceback as the message.
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            message = message.rpartition(f"\n{__name__}.{type(self).__qualname__}: ")[2].strip() or message
+        super().__init__(message)
+
 
 def nearest(name: str, known, n: int = 5) -> str:
     """The `known` names most like `name`, comma separated, for an error message."""

@@ -1,6 +1,7 @@
 """To the Hugging Face Hub: everything that belongs together in one commit, and nothing else.
 
-`push_dataset` knows what belongs to a prepared dataset and who may see it; `push_files` knows the Hub.
+`push_dataset` knows what belongs to a prepared dataset and who may see it; `push_files` knows the Hub. `check_push`
+says before hours of preparing what `push_dataset` would refuse after them.
 """
 
 import re
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from drd_hf.data.facts import DatasetFacts
 from drd_hf.data.splits import SegmentationInfo, read_info
 from drd_hf.errors import UserError
 
@@ -62,19 +64,7 @@ def push_dataset(
     """
     folder = Path(folder)
     info, files = _prepared_dataset(folder)
-    if info.may_be_shared is not True:  # anything unclear that somebody wrote into the card is a no
-        if not i_have_the_right:
-            terms = _line(info.terms or "its card gives none")
-            raise UserError(
-                f"{folder}: the terms of {info.name} do not let you hand it on ({terms}); give i_have_the_right if "
-                "you have the right to, then the repository is private unless you say otherwise"
-            )
-        private = True if private is None else private
-
-    def may_replace(card: Mapping[str, Any]) -> bool:
-        there = card.get("segmentation")
-        return isinstance(there, dict) and there.get("name") == info.name
-
+    private = _privacy(info.facts, private, i_have_the_right)
     return push_files(
         files,
         repo_id,
@@ -82,9 +72,48 @@ def push_dataset(
         message=f"Push {info.name}",
         private=private,
         stale=r"data/[^/]*\.parquet",
-        may_replace=(lambda card: True) if overwrite else may_replace,
+        may_replace=_may_replace(info.name, overwrite),
         token=token,
     )
+
+
+def check_push(
+    facts: DatasetFacts,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    i_have_the_right: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+) -> None:
+    """Refuse what `push_dataset` would refuse of a dataset that is still to be prepared. Nothing is made or changed.
+
+    Looked at are the terms, the name of the repository, the token, and a repository that exists: its privacy and what
+    it holds. Not foreseen are a full storage and the finer limits of fine-grained tokens.
+
+    Args:
+        facts: of the dataset; the other arguments are those of `push_dataset`.
+
+    Raises:
+        UserError: see `push_dataset`.
+    """
+    private = _privacy(facts, private, i_have_the_right)
+    api = _api(repo_id, token)
+
+    def check() -> None:
+        user = api.whoami()
+        repo = _existing(api, repo_id, "dataset", private, _may_replace(facts.name, overwrite))
+        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise UserError(f"{repo_id}: the token may only read; give one with write access")
+        owner = repo_id.split("/")[0]
+        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
+        if repo is None and role in ("write", "admin") and owner.lower() not in map(str.lower, owners):
+            raise UserError(
+                f"{repo_id}: does not exist, and the token may not make it: its owners are {', '.join(owners)}"
+            )
+
+    _tried(check, repo_id, api)
 
 
 def push_files(
@@ -105,25 +134,78 @@ def push_files(
     A failure that may pass is tried again; what has been uploaded by then is not sent again.
     Returns the address of the repository; raises `UserError`, see `push_dataset`.
     """
+    api = _api(repo_id, token)
+    _tried(lambda: _push_once(api, files, repo_id, repo_type, message, private, stale, may_replace), repo_id, api)
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def _privacy(facts: DatasetFacts, private: bool | None, i_have_the_right: bool) -> bool | None:
+    """Whether the repository is to be private, None if all the same; `UserError` if the terms forbid to push at all."""
+    if facts.may_be_shared is True:  # anything unclear that somebody wrote into a card is a no
+        return private
+    if not i_have_the_right:
+        raise UserError(
+            f"{facts.name}: its terms do not let you hand it on ({_line(facts.terms or 'its card gives none')}); with the "
+            "right to, say so by i_have_the_right, then the repository is private unless you ask for a public one"
+        )
+    return True if private is None else private
+
+
+def _may_replace(name: str, overwrite: bool) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether the dataset `name` may go where a card of these metadata is: where it was before, or anywhere."""
+
+    def may_replace(card: Mapping[str, Any]) -> bool:
+        there = card.get("segmentation")
+        return overwrite or (isinstance(there, dict) and there.get("name") == name)
+
+    return may_replace
+
+
+def _api(repo_id: str, token: str | None) -> HfApi:
+    """The client of the Hub with a token that can be one; `UserError` without, or if `repo_id` cannot be one."""
     _check_repo_id(repo_id)
     token = (token or get_token() or "").strip()
     if not token:
         raise UserError(f"{repo_id}: no token for the Hub; run `hf auth login`, or set HF_TOKEN to one that may write")
     if not re.fullmatch(r"[!-~]+", token):  # a header would refuse it with a message that shows it
         raise UserError(f"{repo_id}: the token holds spaces or signs that no token has; copy it again")
-    api = HfApi(token=token)
+    return HfApi(token=token)
+
+
+def _tried(ask: Callable[[], None], repo_id: str, api: HfApi) -> None:
+    """`ask()`, again after a failure that may pass; one that does not becomes a `UserError` without the token."""
     for attempt in range(TRIES):
         try:
-            _push_once(api, files, repo_id, repo_type, message, private, stale, may_replace)
-            break
+            return ask()
         except UserError:
             raise
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
             cause = _http_cause(error)
             if attempt == TRIES - 1 or not _may_pass(cause):
-                raise UserError(f"{repo_id}: {_explain(cause, api)}".replace(token, "***")) from None
+                raise UserError(f"{repo_id}: {_explain(cause, api)}".replace(api.token, "***")) from None
             time.sleep(PAUSE * 2**attempt)
-    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def _existing(
+    api: HfApi, repo_id: str, repo_type: str, private: bool | None, may_replace: Callable[[Mapping[str, Any]], bool]
+) -> tuple[str, set[str]] | None:
+    """Commit and files of the repository, None if there is none; `UserError` if the push must not go there."""
+    try:
+        repo = api.repo_info(repo_id, repo_type=repo_type)
+    except RepositoryNotFoundError:
+        return None
+    if private is not None and bool(repo.private) != private:
+        is_, asked = ("private", "public") if repo.private else ("public", "private")
+        raise UserError(
+            f"{repo_id}: the repository is {is_}, and the push is to be {asked}; give another repository, change this "
+            f"one in its settings on the Hub, or ask for a {is_} push"
+        )
+    there = {sibling.rfilename for sibling in repo.siblings or ()} - {".gitattributes"}
+    if there and not may_replace(_card(api, repo_id, repo_type, repo.sha) if "README.md" in there else {}):
+        raise UserError(
+            f"{repo_id}: holds something else already; give another repository, or overwrite to replace it"
+        )
+    return repo.sha, there
 
 
 def _push_once(
@@ -136,23 +218,14 @@ def _push_once(
     stale: str,
     may_replace: Callable[[Mapping[str, Any]], bool],
 ) -> None:
-    try:
-        repo = api.repo_info(repo_id, repo_type=repo_type)
-    except RepositoryNotFoundError:
+    # Looked at before the first byte goes up, also if it is new: what counts is what the Hub says it is.
+    repo = _existing(api, repo_id, repo_type, private, may_replace)
+    if repo is None:
         api.create_repo(repo_id, repo_type=repo_type, private=private)
-        repo = api.repo_info(repo_id, repo_type=repo_type)
-    # Before the first byte goes up, and also for a new repository: what counts is what the Hub says it is.
-    if private is not None and bool(repo.private) != private:
-        is_, asked = ("private", "public") if repo.private else ("public", "private")
-        raise UserError(
-            f"{repo_id}: the repository is {is_}, not {asked} as asked for; change it in its settings on the Hub, "
-            f"give private={bool(repo.private)}, or give another repository"
-        )
-    there = {sibling.rfilename for sibling in repo.siblings or ()} - {".gitattributes"}
-    if there and not may_replace(_card(api, repo_id, repo_type, repo.sha) if "README.md" in there else {}):
-        raise UserError(
-            f"{repo_id}: holds something else already; give another repository, or overwrite to replace it"
-        )
+        repo = _existing(api, repo_id, repo_type, private, may_replace)
+    if repo is None:
+        raise UserError(f"{repo_id}: was made and cannot be seen with this token; give one that may also read it")
+    revision, there = repo
     deleted = [path for path in sorted(there) if re.fullmatch(stale, path) and path not in files]
     # Not `upload_folder`: it makes several commits of a large folder, and between two of them the dataset is broken.
     # With the parent named, two pushes at the same time cannot mix either.
@@ -162,7 +235,7 @@ def _push_once(
         + [CommitOperationAdd(path, local) for path, local in files.items()],
         commit_message=message,
         repo_type=repo_type,
-        parent_commit=repo.sha,
+        parent_commit=revision,
     )
     arrived = api.list_repo_files(repo_id, repo_type=repo_type, revision=commit.oid)
     if missing := sorted(set(files) - set(arrived)):

@@ -68,15 +68,17 @@ def main() -> None:
         """The result, None if this input failed: the others go on."""
         try:
             return function(source, *rest)
-        except (UserError, torch.OutOfMemoryError) as error:
-            hint = "" if isinstance(error, UserError) else f"{source}: out of memory, give a smaller --batch_size: "
+        except UserError as error:
             if report:
                 failures.append(source)
-                tqdm.write(f"error: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
+                tqdm.write(f"error: {error}", file=sys.stderr)
 
     def predict(source: str, shared_state: PartialState | None) -> bool:
         name = args.output / names[source]
-        name.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{name.parent}: cannot be made a folder ({error.strerror})") from error
         return predict_raster(
             model,
             processor,

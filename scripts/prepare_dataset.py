@@ -26,12 +26,13 @@ from drd_hf.errors import UserError, run_script
 from drd_hf.hub import push_dataset
 
 ISPRS = {"potsdam": POTSDAM, "vaihingen": VAIHINGEN}
+DATASETS = (*ISPRS, "cityscapes", "folder", "scenes")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", required=True, choices=[*ISPRS, "cityscapes", "folder", "scenes"], help="what to prepare")
+    add("--dataset", required=True, choices=DATASETS, help="what to prepare")
     add("--source", type=Path, help="folder with the images and masks, or with the zip files, or a zip file")
     add("--output", required=True, type=Path, help="folder to write")
     add("--tile_size", type=int, default=512, help="side of a tile in pixels (default: 512)")
@@ -44,17 +45,27 @@ def parse_args() -> argparse.Namespace:
     add("--i_have_the_right", action="store_true", help="upload pixels whose terms forbid it (private by default)")
     add("--public", action="store_true", help="make the uploaded repository public")
 
-    add = parser.add_argument_group("--dataset potsdam, vaihingen").add_argument
+    datasets_of = {}  # the datasets that an option belongs to
+
+    def options_of(*datasets: str):
+        group = parser.add_argument_group(f"--dataset {', '.join(datasets)}")
+
+        def add(option: str, **kwargs) -> None:
+            datasets_of[group.add_argument(option, **kwargs).dest] = datasets
+
+        return add
+
+    add = options_of(*ISPRS)
     add("--bands", help="imagery to take: RGB, IRRG or RGBIR of Potsdam (default: RGB), IRRG of Vaihingen")
     add("--height", action="store_true", help="add the normalised height as a further band")
     add("--reference", choices=["full", "eroded", "both"], help="labels (default: both where there are eroded ones)")
     add("--validation_tiles", nargs="*", help="training tiles for validation (default: Potsdam 2_10, Vaihingen 30)")
     add("--leave_out", nargs="*", default=[], help="tiles to leave out, for example 7_10 of Potsdam")
 
-    add = parser.add_argument_group("--dataset cityscapes").add_argument
+    add = options_of("cityscapes")
     add("--with_test", action="store_true", help="keep the test images, which have no labels")
 
-    add = parser.add_argument_group("--dataset folder").add_argument
+    add = options_of("folder")
     add("--layout", type=Path, help="YAML file: which files pair up, mask values of classes, splits")
     add(
         "--unknown",
@@ -63,13 +74,18 @@ def parse_args() -> argparse.Namespace:
         help="mask values that the layout does not name: stop, or ignore these pixels (default: error)",
     )
 
-    add = parser.add_argument_group("--dataset scenes").add_argument
+    add = options_of("scenes")
     add("--scenes_train", type=int, default=24, help="training scenes, 0 for no such split (default: 24)")
     add("--scenes_validation", type=int, default=6, help="validation scenes (default: 6)")
     add("--scenes_test", type=int, default=8, help="test scenes (default: 8)")
     add("--scene_size", type=int, default=384, help="side of a scene in pixels (default: 384)")
     add("--seed", type=int, default=0, help="seed; no scene is in two splits (default: 0)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    datasets_of["source"] = [name for name in DATASETS if name != "scenes"]
+    for option, datasets in datasets_of.items():
+        if args.dataset not in datasets and getattr(args, option) != parser.get_default(option):
+            raise UserError(f"--{option} is for --dataset {' or '.join(datasets)}; leave it out for {args.dataset}")
+    return args
 
 
 def find_sources(args: argparse.Namespace):
@@ -85,9 +101,11 @@ def find_sources(args: argparse.Namespace):
         reader = folder_reader(layout, sources, args.unknown)
         return sources, reader, layout.facts(name=args.source.resolve().name), []
     if args.dataset == "cityscapes":
-        return find_cityscapes(args.source, args.with_test)
+        return find_cityscapes(args.source, args.with_test, skip_broken=args.skip_broken)
     facts, chosen = ISPRS[args.dataset], (args.validation_tiles, args.leave_out)
-    return find_isprs(facts, args.source, args.bands, args.height, args.reference, *chosen)
+    return find_isprs(
+        facts, args.source, args.bands, args.height, args.reference, *chosen, skip_broken=args.skip_broken
+    )
 
 
 def main() -> None:
@@ -111,10 +129,11 @@ def main() -> None:
         notes=notes,
     )
     for split, tiles in info.num_tiles.items():
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in info.pixel_shares[split].items())
-        print(
-            f"{split}: {tiles} tiles of {info.num_sources[split]} images; {shares}, ignored {info.ignored_shares[split]:.1%}"
+        shares = info.pixel_shares[split] | {"ignored": info.ignored_shares[split]}
+        shown = (
+            ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) if any(shares.values()) else "no labels"
         )
+        print(f"{split}: {tiles} tiles of {info.num_sources[split]} images; {shown}")
     if info.unknown_pixels:
         print("ignored pixels of unknown value:", ", ".join(f"{k}: {v}" for k, v in info.unknown_pixels.items()))
     for name, pixels in info.off_palette_pixels.items():

@@ -409,8 +409,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
         return step(*args, **kwargs)
 
     trainer.training_step = interrupt
-    with pytest.raises(SystemExit) as stopped:
-        train_run(trainer, None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train_run(trainer, None)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     line = capsys.readouterr().err.splitlines()[-1]
     assert str(tmp_path / "checkpoint-2") in line and "--resume_from_checkpoint true" in line

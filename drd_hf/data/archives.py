@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import BinaryIO
 from drd_hf.errors import UserError
 
 MAX_MEMBER_BYTES = 16 * 2**30
-MAX_MEMBER_RATIO = 1000  # unpacked to packed size; label rasters without compression reach a few hundred
+MAX_MEMBER_RATIO = 1100  # unpacked to packed size; deflate stays below 1032 even for a constant image
 SMALL_MEMBER_BYTES = 2**20  # below this no ratio is a danger
 
 
@@ -83,6 +84,20 @@ class SourceFile:
             archive, info = self._member()
             return archive.read(info)
 
+    def checksum(self) -> int:
+        """The CRC-32 of its bytes, which a zip knows without reading them.
+
+        Raises:
+            UserError: the file is gone.
+        """
+        if self.members:
+            return self.stamp
+        checksum = 0
+        with _named(self), open(self.disk_path, "rb") as file:
+            while data := file.read(2**20):
+                checksum = zlib.crc32(data, checksum)
+        return checksum
+
     def beside(self, ending: str) -> "SourceFile | None":
         """The file beside it that differs only in its ending, such as ".tfw" (in lower or upper case); None without."""
         for found in (ending, ending.upper()):
@@ -92,15 +107,15 @@ class SourceFile:
                 if other.is_file():
                     return local_file(other, path)
                 continue
-            member = str(PurePosixPath(self.members[-1]).with_suffix(found))
+            member = self.members[-1].removesuffix(PurePosixPath(self.members[-1]).suffix) + found
             with _named(self):
-                info = _archive(os.getpid(), self.disk_path, self.members[:-1]).NameToInfo.get(member)
+                info = _archive(self.disk_path, self.members[:-1]).NameToInfo.get(member)
             if info is not None:
                 return SourceFile(path, info.file_size, self.disk_path, (*self.members[:-1], member), info.CRC)
         return None
 
     def _member(self) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
-        archive = _archive(os.getpid(), self.disk_path, self.members[:-1])
+        archive = _archive(self.disk_path, self.members[:-1])
         info = archive.getinfo(self.members[-1])
         if (info.CRC, info.file_size) != (self.stamp, self.size):
             raise UserError(f"{self}: was replaced while it was in use; start again")
@@ -120,11 +135,15 @@ def local_file(path: str | Path, relative: str | None = None) -> SourceFile:
     return SourceFile(relative or Path(path).name, found.st_size, str(path), (), found.st_mtime_ns)
 
 
-def list_files(source: str | Path) -> list[SourceFile]:
+def list_files(source: str | Path, broken: dict[str, str] | None = None) -> list[SourceFile]:
     """All files of a folder, of a zip, or of a folder with zips in it, sorted by path.
 
     A zip counts as a folder of its name, and so does a zip inside a zip when it is stored there without compression.
     A source that is a zip itself is the first part of the paths. Hidden files and `__MACOSX` are left out.
+
+    Args:
+        broken: if given, zips in the source that cannot be listed do not raise: they are left out, and put in here with
+            the reason, by path.
 
     Raises:
         UserError: there is no such source; a zip is damaged, cut short or encrypted; a member has an absolute path, a
@@ -132,19 +151,29 @@ def list_files(source: str | Path) -> list[SourceFile]:
     """
     source = Path(source)
     if source.is_dir():
-        files = list(_folder_files(source))
+        files = list(_folder_files(source, broken))
     elif source.is_file():
-        files = list(_zip_files(str(source), source.name))
+        files = list(_zip_files(str(source), source.name, (), broken))
     else:
         raise UserError(f"{source}: does not exist; give a folder, a zip file or a folder with zip files as --source")
     return sorted(files, key=lambda file: file.path)
+
+
+def list_readable(source: str | Path, skip_broken: bool) -> tuple[list[SourceFile], list[str]]:
+    """`list_files`, and a note on each zip that was left out, which are also told on stderr."""
+    broken = {} if skip_broken else None
+    files = list_files(source, broken)
+    notes = [f"left out, cannot be read: {path} ({why})" for path, why in (broken or {}).items()]
+    for note in notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    return files, notes
 
 
 def _is_hidden(relative: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in relative.split("/"))
 
 
-def _folder_files(source: Path) -> Iterator[SourceFile]:
+def _folder_files(source: Path, broken: dict[str, str] | None) -> Iterator[SourceFile]:
     root = source.resolve()
 
     def stop(error: OSError):
@@ -162,29 +191,45 @@ def _folder_files(source: Path) -> Iterator[SourceFile]:
                 continue  # links to folders of this tree, sockets, dangling links
             relative = path.relative_to(source).as_posix()
             if path.suffix.lower() == ".zip":
-                yield from _zip_files(str(path), relative)
+                yield from _zip_or_broken(str(path), relative, (), broken)
             else:
                 yield local_file(path, relative)
 
 
-def _zip_files(disk_path: str, relative: str, members: tuple[str, ...] = ()) -> Iterator[SourceFile]:
+def _zip_or_broken(
+    disk_path: str, relative: str, members: tuple[str, ...], broken: dict[str, str] | None
+) -> list[SourceFile]:
+    try:
+        return list(_zip_files(disk_path, relative, members, broken))
+    except UserError as error:
+        if broken is None:
+            raise
+        where = "/".join((disk_path, *members))
+        broken[relative] = str(error).removeprefix(f"{where}: ").replace(disk_path, PurePosixPath(disk_path).name)
+        return []
+
+
+def _zip_files(
+    disk_path: str, relative: str, members: tuple[str, ...], broken: dict[str, str] | None
+) -> Iterator[SourceFile]:
     where = "/".join((disk_path, *members))
     with _named(where):
-        archive = _archive(os.getpid(), disk_path, members)
+        archive = _archive(disk_path, members)
     seen = set()
     for info in archive.infolist():
         member = f"{where}/{info.orig_filename}"
         _check_member(info, member)
-        if info.is_dir() or _is_hidden(info.filename.removeprefix("./")):
+        name = str(PurePosixPath(info.filename))  # "./a" and "a/./b" are "a" and "a/b"
+        if info.is_dir() or _is_hidden(name):
             continue
-        if info.filename in seen:
+        if name in seen:
             raise UserError(f"{member}: is in the zip twice; unpack the zip and give the folder as --source")
-        seen.add(info.filename)
-        path = f"{relative}/{PurePosixPath(info.filename)}"
+        seen.add(name)
+        path = f"{relative}/{name}"
         if info.filename.lower().endswith(".zip") and not members:
             if info.compress_type != zipfile.ZIP_STORED:
                 raise UserError(f"{member}: is a compressed zip inside a zip; unpack {disk_path} and give the folder")
-            yield from _zip_files(disk_path, path, (info.filename,))
+            yield from _zip_or_broken(disk_path, path, (info.filename,), broken)
         else:
             yield SourceFile(path, info.file_size, disk_path, (*members, info.filename), info.CRC)
 
@@ -207,13 +252,19 @@ def _check_member(info: zipfile.ZipInfo, member: str) -> None:
         )
 
 
+def _archive(disk_path: str, members: tuple[str, ...]) -> zipfile.ZipFile:
+    """The open zip, as it is now: one that was replaced is opened anew."""
+    found = os.stat(disk_path)
+    return _open_archive(os.getpid(), (found.st_mtime_ns, found.st_size, found.st_ino), disk_path, members)
+
+
 @lru_cache(maxsize=16)
-def _archive(pid: int, disk_path: str, members: tuple[str, ...]) -> zipfile.ZipFile:
-    """The open zip. A forked process must not share a file position with its parent, hence `pid`."""
+def _open_archive(pid: int, state: tuple[int, ...], disk_path: str, members: tuple[str, ...]) -> zipfile.ZipFile:
+    """A forked process must not share a file position with its parent, hence `pid`."""
     if not members:
         return zipfile.ZipFile(disk_path)
     start, file = _stored_window(disk_path, members)
-    size = _archive(pid, disk_path, ()).getinfo(members[0]).file_size
+    size = _archive(disk_path, ()).getinfo(members[0]).file_size
     return zipfile.ZipFile(io.BufferedReader(_Window(file, start, size)))
 
 
@@ -222,7 +273,7 @@ def _stored_window(disk_path: str, members: tuple[str, ...]) -> tuple[int, Binar
     start = 0
     file = open(disk_path, "rb")  # noqa: SIM115 - handed on
     for depth, member in enumerate(members):
-        info = _archive(os.getpid(), disk_path, members[:depth]).getinfo(member)
+        info = _archive(disk_path, members[:depth]).getinfo(member)
         # The central directory does not tell how long the local header is.
         file.seek(start + info.header_offset)
         header = file.read(30)

@@ -1,14 +1,14 @@
 """Cityscapes from its zips or folders: the fine annotations, as the 19 classes that the benchmark scores."""
 
 import re
-import warnings
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from drd_hf.data.archives import SourceFile, list_files
+from drd_hf.data.archives import SourceFile, list_readable
 from drd_hf.data.facts import CITYSCAPES, IGNORE_INDEX, DatasetFacts
 from drd_hf.data.rasters import raster_header, read_raster
 from drd_hf.data.source import SourceHeader, SourceImage
@@ -42,17 +42,22 @@ class CityscapesReader:
         return SourceHeader(record.name, image.height, image.width, identity, labelled=record.label is not None)
 
     def read(self, record: CityscapesRecord) -> SourceImage:
-        image = read_raster(record.image, (1, 2, 3)).pixels
+        image = read_raster(record.image, (1, 2, 3))
+        if image.valid is not None:
+            image.pixels[~image.valid] = 0
         if record.label is None:
-            return SourceImage(record.name, image, None)
-        ids = read_raster(record.label, (1,), integers=True).pixels[..., 0]
-        _check_label(record.label, ids.shape, image.shape[:2])
-        label, report = train_ids(ids)
-        return SourceImage(record.name, image, label, report=report)
+            return SourceImage(record.name, image.pixels, None)
+        ids = read_raster(record.label, (1,), integers=True)
+        _check_label(record.label, ids.pixels.shape[:2], image.pixels.shape[:2])
+        label, report = train_ids(ids.pixels[..., 0])
+        for valid in (image.valid, ids.valid):
+            if valid is not None:
+                label[~valid] = IGNORE_INDEX
+        return SourceImage(record.name, image.pixels, label, report=report)
 
 
 def find_cityscapes(
-    source: str | Path, with_test: bool = False
+    source: str | Path, with_test: bool = False, skip_broken: bool = False
 ) -> tuple[dict[str, list[CityscapesRecord]], CityscapesReader, DatasetFacts, list[str]]:
     """The images of each split, what reads them, and what there is to tell about them.
 
@@ -61,7 +66,8 @@ def find_cityscapes(
     empty), so it is there only `with_test`, without labels.
 
     Args:
-        source: a folder, a zip, or a folder with zips in it (see `list_files`).
+        source: a folder, a zip, or a folder with zips in it (see `drd_hf.data.archives.list_files`).
+        skip_broken: go on without zips that cannot be read; stderr and the notes name them.
 
     Returns:
         Records of each split, their reader, the dataset's facts, and notes.
@@ -69,7 +75,7 @@ def find_cityscapes(
     Raises:
         UserError: nothing recognised, or a split without a labelled image.
     """
-    files = list_files(source)
+    files, notes = list_readable(source, skip_broken)
     images, labels = _by_name(files, CITYSCAPES.image), _by_name(files, CITYSCAPES.label)
     if not images:
         raise UserError(
@@ -96,7 +102,7 @@ def find_cityscapes(
                 f"{source}: split {split} has no {'image' if split == 'test' else 'image with a labelIds file'} in "
                 f"{folder} ({len(of_images)} images, {len(of_labels)} labels); add leftImg8bit and gtFine of {folder}"
             )
-    notes = [
+    notes += [
         "validation is the official val split, which papers report; the official test labels are not public, so "
         "score models on validation."
     ]
@@ -104,7 +110,7 @@ def find_cityscapes(
         notes.append("test has no labels; it serves distillation and prediction only.")
     if lacks:
         notes.append(f"Left out because files are missing: {'; '.join(lacks)}.")
-        warnings.warn(f"{source}: {notes[-1]}", stacklevel=2)
+        print(f"{source}: {notes[-1]}", file=sys.stderr)
     return records, CityscapesReader(), CITYSCAPES.dataset, notes
 
 

@@ -67,7 +67,7 @@ class IsprsFacts:
     """One dataset of the ISPRS 2D semantic labelling contest.
 
     The groups of a pattern, joined by `_`, are the tile. Patterns are searched in the whole path of a file below the
-    source, names of zips and folders included, because Vaihingen's images and labels share their file names.
+    source, names of zips and folders included.
 
     Attributes:
         train, test: tiles of the official split.
@@ -77,6 +77,8 @@ class IsprsFacts:
         label, label_eroded, height: patterns of the full reference, of the reference without object boundaries, and of
             the normalised height in 8 bits (None where the dataset has none).
         example: for an error message: how an image and its label are called.
+        image_words, label_words: where images and labels share their file names: words in the names of folders and
+            zips that tell what is in them.
     """
 
     dataset: DatasetFacts
@@ -89,6 +91,8 @@ class IsprsFacts:
     label_eroded: str
     height: str | None
     example: str
+    image_words: frozenset[str] = frozenset()
+    label_words: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,6 @@ POTSDAM = IsprsFacts(
     example="2_Ortho_RGB/top_potsdam_2_10_RGB.tif with 5_Labels_all/top_potsdam_2_10_label.tif",
 )
 
-# What tells a label from the image of the same name is a folder or zip above it.
-_VAIHINGEN_LABELS = r"(?:[^/]*ground_truth[^/]*|gts?|gts_[^/]*|labels?|masks?)/"
 VAIHINGEN = IsprsFacts(
     dataset=DatasetFacts(
         name="ISPRS Vaihingen",
@@ -159,15 +161,19 @@ VAIHINGEN = IsprsFacts(
     imagery=(
         Imagery(
             "IRRG",
-            rf"^(?!(?:.*/)?{_VAIHINGEN_LABELS}).*?top_mosaic_09cm_area0*(\d+)\.tiff?$",
+            r"top_mosaic_09cm_area0*(\d+)\.tiff?$",
             ("near_infrared", "red", "green"),
             (1, 2, 3),
         ),
     ),
-    label=rf"^(?!.*eroded)(?:.*/)?{_VAIHINGEN_LABELS}(?:.*/)?top_mosaic_09cm_area0*(\d+)\.(?:tiff?|png)$",
+    label=r"^(?!.*eroded).*top_mosaic_09cm_area0*(\d+)\.(?:tiff?|png)$",
     label_eroded=r"top_mosaic_09cm_area0*(\d+)_noBoundary\.(?:tiff?|png)$",
     height=None,
     example="top/top_mosaic_09cm_area1.tif with gts_for_participants/top_mosaic_09cm_area1.tif",
+    image_words=frozenset("top image images imagery img imgs".split()),
+    label_words=frozenset(
+        "gt gts groundtruth truth label labels mask masks annotation annotations ann anns complete eroded".split()
+    ),
 )
 
 _CITYSCAPES = (

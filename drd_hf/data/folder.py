@@ -127,8 +127,8 @@ def find_pairs(layout: FolderLayout, source: str | Path) -> dict[str, list[Folde
     `"Tile 1/*"` takes everything below `Tile 1`.
 
     Raises:
-        UserError: no images, an image without a mask or with two, in no split or in two, an empty split, or a file
-            outside `source`.
+        UserError: no images, an image without a mask or with two, in no split or in two, an empty split, a file
+            outside `source`, or a name that is no Unicode.
     """
     source = Path(source)
     if not source.is_dir():
@@ -148,6 +148,13 @@ def find_pairs(layout: FolderLayout, source: str | Path) -> dict[str, list[Folde
         raise UserError(f"{source}: no mask {layout.masks!r} for {_first(lost)}; add the masks or remove the images")
     if spare := sorted(masks[key] for key in masks.keys() - images.keys()):
         warnings.warn(f"{source}: no image {layout.images!r} for the masks of {_first(spare)}; not used", stacklevel=2)
+
+    for image in images.values():
+        try:
+            image.encode()
+        except UnicodeEncodeError:
+            shown = image.encode(errors="backslashreplace").decode()
+            raise UserError(f"{source}: the name of {shown} is not UTF-8; rename the file or its folder") from None
 
     records = {split: [] for split in layout.splits}
     in_none, in_two = [], []
@@ -194,12 +201,12 @@ class FolderReader:
         Raises:
             UserError: a file that is no image, sizes that differ, a mask of the wrong kind, or a wrong number of bands.
         """
-        georeferenced = False
+        place = None, None
         if _is_tiff(record.image):
             raster = raster_header(record.image)
             # A fourth band is often marked as alpha by default; it is data if the layout has a name for it.
             size, count = (raster.height, raster.width), raster.count + (raster.alpha and bool(self.layout.bands))
-            georeferenced = raster.crs is not None or raster.transform is not None
+            place = raster.crs, raster.transform
         else:
             with _open(record.image, decode=False) as image:
                 _check_image_mode(image, record.image)
@@ -217,8 +224,9 @@ class FolderReader:
                     "make them the same size"
                 )
         stats = [path.stat() for path in (record.image, record.mask)]
-        identity = " ".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
-        return SourceHeader(record.name, *size, identity, georeferenced=georeferenced)
+        # The place may be that of a world file, which changes without its image.
+        identity = " ".join([*(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats), str(place)])
+        return SourceHeader(record.name, *size, identity, georeferenced=place != (None, None))
 
     def read(self, record: FolderRecord) -> SourceImage:
         """Decode a pair.

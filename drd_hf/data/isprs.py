@@ -1,14 +1,14 @@
 """ISPRS Potsdam and Vaihingen from the files that people have: zips as downloaded, or folders as they unpack them."""
 
 import re
-import warnings
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from drd_hf.data.archives import SourceFile, list_files
+from drd_hf.data.archives import SourceFile, list_readable
 from drd_hf.data.facts import IGNORE_INDEX, DatasetFacts, Imagery, IsprsFacts
 from drd_hf.data.rasters import Raster, RasterHeader, raster_header, read_raster
 from drd_hf.data.source import SourceHeader, SourceImage
@@ -72,16 +72,24 @@ class IsprsReader:
     def read(self, record: IsprsRecord) -> SourceImage:
         image = read_raster(record.image, self.numbers)
         pixels, size = image.pixels, image.pixels.shape[:2]
+        if _is_drawn(pixels):
+            raise UserError(
+                f"{record.image}: is no image, it holds only colours of labels; put images and labels into folders that "
+                "say so, such as top and gts"
+            )
         if record.height is not None:
             height = read_raster(record.height).pixels
             _check_height(record.height, height.shape[2], height.shape[:2], size)
             if height.shape[1] < size[1]:
                 height = np.pad(height, ((0, 0), (0, 1), (0, 0)), mode="edge")
             pixels = np.concatenate((pixels, height), axis=2)
+        if image.valid is not None:
+            pixels[~image.valid] = 0
         label, report, off_palette = self._read_label(record.label, image, report_black=not self.eroded_only)
         eroded = None
         if record.label_eroded is not None:
-            eroded, _, _ = self._read_label(record.label_eroded, image, report_black=False)
+            eroded, eroded_report, _ = self._read_label(record.label_eroded, image, report_black=False)
+            report |= {f"{color} in label_eroded": count for color, count in eroded_report.items()}
         return SourceImage(
             name=record.name,
             image=pixels,
@@ -113,27 +121,31 @@ def find_isprs(
     reference: str | None = None,
     validation: Sequence[str] | None = None,
     leave_out: Sequence[str] = (),
+    skip_broken: bool = False,
 ) -> tuple[dict[str, list[IsprsRecord]], IsprsReader, DatasetFacts, list[str]]:
     """The tiles of each split, what reads them, and what there is to tell about them.
 
-    A file's part is found from its whole path below `source`, names of zips and folders included. Where a file is
-    there more than once, complete references win over those for participants, then folders over zips.
+    A file's part is found from its whole path below `source`, names of zips and folders included. Where images and
+    labels share their file names, the nearest folder or zip whose name says so tells them apart, and files in folders
+    that say nothing are images unless others are there. Where a file is there more than once, complete references win
+    over those for participants, then folders over zips.
 
     Args:
-        source: a folder, a zip, or a folder with zips in it (see `list_files`).
+        source: a folder, a zip, or a folder with zips in it (see `drd_hf.data.archives.list_files`).
         bands: name of one of `facts.imagery`; the first one if not given.
         height: add the normalised height as last band.
         reference: "full", "eroded" (boundaries are 255), or "both": `label` is full and `label_eroded` stands beside
             it. If not given: full, with eroded beside it for the tiles that have it.
         validation: train tiles that become the validation split; `facts.validation` if not given. Empty: no such split.
         leave_out: tiles not to use, or "train" or "test" for a whole split.
+        skip_broken: go on without zips that cannot be read; stderr and the notes name them.
 
     Returns:
         Records of each split, their reader, the dataset's facts, and notes: what is missing, left out and used.
 
     Raises:
-        UserError: wrong options, an unknown tile, nothing recognised, imagery that is not there, or a split with no
-            complete tile.
+        UserError: wrong options, an unknown tile, no train tile left beside those for validation, nothing recognised,
+            imagery that is not there or not to be told from labels, or a split with no complete tile.
     """
     name = facts.dataset.name
     imagery = _choose_imagery(facts, bands)
@@ -143,9 +155,13 @@ def find_isprs(
         raise UserError(f"{name} has no normalised height in 8 bits; leave height out")
     splits, notes = _choose_tiles(facts, validation, leave_out)
 
-    files = list_files(source)
-    images = {kind.name: _by_tile(files, kind.pattern) for kind in facts.imagery}
-    full, eroded = _by_tile(files, facts.label), _by_tile(files, facts.label_eroded)
+    files, left_out = list_readable(source, skip_broken)
+    notes += left_out
+    shows = {file: _shows(facts, file) for file in files} if facts.label_words else {}
+    pictures = [file for file in files if shows.get(file) != "label"]
+    images = {kind.name: _images(pictures, kind.pattern, shows) for kind in facts.imagery}
+    full = _by_tile([file for file in files if shows.get(file, "label") == "label"], facts.label)
+    eroded = _by_tile(files, facts.label_eroded)
     if not any((*images.values(), full, eroded)):
         raise UserError(
             f"{source}: no file of {name} among {len(files)} files; expected {facts.example}, in zips or not"
@@ -189,11 +205,14 @@ def find_isprs(
             lacking.setdefault(what, []).extend(tiles)
         lacks = "; ".join(f"{len(tiles)} without {what}: {' '.join(tiles)}" for what, tiles in lacking.items())
         complete, official = sum(map(len, records.values())), sum(map(len, splits.values()))
-        notes.append(f"Not all files are there: {complete} of {official} tiles are complete and used; {lacks}.")
-        warnings.warn(f"{source}: {notes[-1]}", stacklevel=2)
+        notes.append(f"Not all files are there: {complete} of {official} tiles have all files; {lacks}.")
+        print(f"{source}: {notes[-1]}", file=sys.stderr)
     notes += _reference_notes(reference, records)
-    if used := [tile for tile in facts.error_tiles if any(tile in splits[split] for split in splits)]:
-        notes.append(f"Papers often leave {' '.join(used)} out because its reference has errors; here it is used.")
+    found = {record.name for of_split in records.values() for record in of_split}
+    if used := [tile for tile in facts.error_tiles if tile in found]:
+        notes.append(
+            f"Papers often leave {' '.join(used)} out because its reference has errors; here that was not asked for."
+        )
     reader = IsprsReader(
         bands=(*imagery.bands, "height") if height else imagery.bands,
         numbers=imagery.numbers,
@@ -267,6 +286,10 @@ def _choose_tiles(
         "test": list(facts.test),
     }
     splits = {split: [tile for tile in tiles if tile not in out] for split, tiles in splits.items()}
+    if splits["validation"] and not splits["train"]:
+        raise UserError(
+            f"no train tile is left, only {' '.join(splits['validation'])} for validation; choose fewer validation tiles"
+        )
     notes = []
     if splits["validation"]:
         notes.append(f"Validation tiles, taken out of the official train split: {' '.join(splits['validation'])}.")
@@ -284,13 +307,43 @@ def _tile(name: str, known: Sequence[str]) -> str:
     return tile
 
 
-def _by_tile(files: Sequence[SourceFile], pattern: str) -> dict[str, SourceFile]:
-    """The best file of each tile among those whose path matches."""
+def _shows(facts: IsprsFacts, file: SourceFile) -> str | None:
+    """ "image" or "label" by the nearest folder or zip whose name says one of them; None where no name does."""
+    for folder in PurePosixPath(file.path.lower()).parents:
+        words = set(re.split(r"[\W_]+", folder.name))
+        if bool(words & facts.image_words) != bool(words & facts.label_words):
+            return "image" if words & facts.image_words else "label"
+    return None
+
+
+def _candidates(files: Sequence[SourceFile], pattern: str) -> dict[str, list[SourceFile]]:
+    """The files of each tile among those whose path matches, the best one first."""
     found = {}
-    for file in files:
+    for file in sorted(files, key=_rank):
         if match := re.search(pattern, file.path, re.IGNORECASE):
             found.setdefault("_".join(match.groups()), []).append(file)
-    return {tile: min(candidates, key=_rank) for tile, candidates in found.items()}
+    return found
+
+
+def _by_tile(files: Sequence[SourceFile], pattern: str) -> dict[str, SourceFile]:
+    return {tile: candidates[0] for tile, candidates in _candidates(files, pattern).items()}
+
+
+def _images(
+    files: Sequence[SourceFile], pattern: str, shows: Mapping[SourceFile, str | None]
+) -> dict[str, SourceFile]:
+    """As `_by_tile`; folders that say that they hold images win, and two files in others must be the same."""
+    images = {}
+    for tile, candidates in _candidates(files, pattern).items():
+        named = [file for file in candidates if not shows or shows[file] == "image"]
+        images[tile] = first = (named or candidates)[0]
+        for other in [] if named else candidates[1:]:
+            if first.size != other.size or first.checksum() != other.checksum():
+                raise UserError(
+                    f"{first} and {other}: differ, and nothing says which is the image and which the label of "
+                    f"{tile}; put them into folders that say so, such as top and gts"
+                )
+    return images
 
 
 def _rank(file: SourceFile) -> tuple:
@@ -304,8 +357,15 @@ def _reference_notes(reference: str | None, records: dict[str, list[IsprsRecord]
     eroded = sum(record.label_eroded is not None for record in tiles)
     if not eroded:
         return ["Labels are the full reference."]
-    some = "" if eroded == len(tiles) else f" for {eroded} of {len(tiles)} tiles"
+    some = "" if eroded == len(tiles) else f", whose files are there for {eroded} of {len(tiles)} tiles"
     return [f"Labels are the full reference; label_eroded is the one with eroded boundaries{some}."]
+
+
+def _is_drawn(pixels: np.ndarray) -> bool:
+    """Whether every value is 0 or 255, and not all 0: no photograph is."""
+    rows = max(BLOCK_PIXELS // max(pixels.shape[1], 1), 1)
+    blocks = (pixels[row : row + rows] for row in range(0, len(pixels), rows))
+    return not any((block + np.uint8(1) > 1).any() for block in blocks) and bool(pixels.any())
 
 
 def _check_label(file: SourceFile, count: int, size: tuple[int, int], expected: tuple[int, int]) -> None:

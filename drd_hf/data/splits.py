@@ -1,5 +1,6 @@
 """Prepared datasets as `datasets` splits, together with what their card says about them."""
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.fingerprint import Hasher
 from huggingface_hub import DatasetCard
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from drd_hf.data.facts import DatasetFacts, SegmentationClass
@@ -176,7 +178,7 @@ def load_splits(path_or_repo: str | Path, streaming: bool = False) -> Segmentati
     """
     info = read_info(path_or_repo)
     try:
-        splits = load_dataset(str(path_or_repo), streaming=streaming)
+        splits = load_dataset(**_files(path_or_repo, info), streaming=streaming)
         found = _tiles_in_folder(Path(path_or_repo), info) if streaming else {s: len(d) for s, d in splits.items()}
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
@@ -204,6 +206,19 @@ def read_info(path_or_repo: str | Path) -> SegmentationInfo:
         ) from None
 
 
+def _files(path_or_repo: str | Path, info: SegmentationInfo) -> dict[str, Any]:
+    """What `load_dataset` is to load. It would take brackets in the name of a folder for a pattern."""
+    if not Path(path_or_repo).is_dir():
+        return {"path": str(path_or_repo)}
+    folder = glob.escape(str(path_or_repo))
+    files = {s: f"{folder}/data/{s}-*.parquet" for s in info.num_tiles}
+    # The name becomes part of the cache's key, so that other files under an old name are read anew: of local files
+    # `datasets` compares times alone, and tools that restore files restore their times.
+    stats = [(path.name, path.stat()) for path in sorted(Path(path_or_repo, "data").glob("*.parquet"))]
+    name = "tiles-" + Hasher.hash([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    return {"path": "parquet", "name": name, "data_files": files}
+
+
 def _tiles_in_folder(folder: Path, info: SegmentationInfo) -> dict[str, int]:
     """Tiles of each split by the footers of its files; of a Hub dataset, whose files are not here, what its card says."""
     if not folder.is_dir():
@@ -227,6 +242,15 @@ def _read_card(path_or_repo: str | Path) -> dict[str, Any]:
             raise UserError(f"{path_or_repo}: there is no such folder; {REMEDY}") from None
     try:
         content = DatasetCard.load(card_path, ignore_metadata_errors=True).data.to_dict().get("segmentation")
+    except GatedRepoError:
+        raise UserError(
+            f"{path_or_repo}: is for those who ask; ask on its page of the Hub and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{path_or_repo}: no such folder, and on the Hub no such dataset or a private one; check the name, or log in "
+            f"with `hf auth login`; {REMEDY}"
+        ) from None
     except (OSError, EntryNotFoundError) as error:
         raise UserError(
             f"{path_or_repo}: no such folder, and not loaded from the Hub ({_line(error)}); {REMEDY}"

@@ -38,7 +38,7 @@ class RandomScaledCrop(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         mask = next(x for x in flat_inputs if isinstance(x, tv_tensors.Mask))  # (H, W)
-        window = round(self.crop_size / torch.empty(()).uniform_(*self.scale).item())
+        window = max(round(self.crop_size / torch.empty(()).uniform_(*self.scale).item()), 1)
         best = math.inf, None
         for _ in range(self.tries):
             top, left = (_random_offset(length, window) for length in mask.shape[-2:])
@@ -77,23 +77,29 @@ class RandomQuarterTurn(v2.Transform):
 
 
 class ColorJitterOfThree(v2.ColorJitter):
-    """`ColorJitter` of the first three channels; what follows them, near infrared for example, is left alone."""
+    """`ColorJitter` of the first three channels; what follows them, near infrared for example, is left alone.
+
+    One or two channels are no colours: their brightness and contrast vary, of each by itself.
+    """
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
             return inpt
+        image = inpt.as_subclass(torch.Tensor)
+        grey = len(image) < 3
         adjust = (
             (F.adjust_brightness_image, params["brightness_factor"]),
             (F.adjust_contrast_image, params["contrast_factor"]),
-            (F.adjust_saturation_image, params["saturation_factor"]),
-            (shift_hue, params["hue_factor"]),
+            (F.adjust_saturation_image, None if grey else params["saturation_factor"]),
+            (shift_hue, None if grey else params["hue_factor"]),
         )
-        image = inpt.as_subclass(torch.Tensor)
-        colors = image[:3]
+        colors = image[:, None] if grey else image[:3]
         for step in params["fn_idx"]:
             function, factor = adjust[step]
             if factor is not None:
                 colors = function(colors, factor)
+        if grey:
+            return tv_tensors.Image(colors[:, 0])
         return tv_tensors.Image(torch.cat((colors, image[3:])) if len(image) > 3 else colors)
 
 
@@ -136,7 +142,9 @@ class TrainTransform:
             the crop, and the rest is black and ignored.
         max_class_share: see `RandomScaledCrop`; 1 takes the first window with a label.
         horizontal_flip, vertical_flip, quarter_turns, photometric: switch augmentations off with False. Photometric
-            jitter is of the first three channels, taken for colours.
+            jitter is of the first three channels, taken for colours; of one or two, only brightness and contrast.
+
+    Attribute `settings`: these arguments by name.
     """
 
     def __init__(
@@ -151,10 +159,19 @@ class TrainTransform:
     ):
         if crop_size < 1:
             raise UserError(f"crop_size is {crop_size}; give a positive number of pixels")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
             raise UserError(f"scale is {scale}; give two positive numbers, the smaller one first")
         if not 0 < max_class_share <= 1:
             raise UserError(f"max_class_share is {max_class_share}; give a share above 0 and at most 1")
+        self.settings = {
+            "crop_size": crop_size,
+            "scale": list(scale),
+            "max_class_share": max_class_share,
+            "horizontal_flip": horizontal_flip,
+            "vertical_flip": vertical_flip,
+            "quarter_turns": quarter_turns,
+            "photometric": photometric,
+        }
         steps = [RandomScaledCrop(crop_size, scale, max_class_share)]
         if horizontal_flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -312,9 +329,10 @@ def _select(images: torch.Tensor, channels: list[int] | None, option: str) -> to
 
 def undecoded(dataset):
     """A split whose images reach the transforms as compressed bytes, which they decode in half the time."""
-    columns = [name for name in ("image", "label", "label_eroded") if name in (dataset.features or ())]
-    for name in columns:
-        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    for name in ("image", "extra_bands", "label", "label_eroded"):
+        if name in (dataset.features or ()):
+            encoded = datasets.Image(decode=False)
+            dataset = dataset.cast_column(name, datasets.List(encoded) if name == "extra_bands" else encoded)
     return dataset
 
 
@@ -358,7 +376,14 @@ def _pairs(batch: Mapping[str, list], column: str) -> list[tuple[tv_tensors.Imag
     if column != "label" and column not in batch:
         raise UserError(f"the dataset has no column {column}: prepare it with that reference, or evaluate on label")
     rows = zip(batch["image"], batch.get("extra_bands", nothing), batch.get(column, nothing), strict=True)
-    return [_to_tv_tensors(*row) for row in rows]
+    pairs = []
+    for i, row in enumerate(rows):
+        try:
+            pairs.append(_to_tv_tensors(*row))
+        except UserError as error:
+            place = {key: batch[key][i] for key in ("source", "row", "column") if key in batch}
+            raise UserError(f"{_name_of(place)}: {error}" if place.get("source") else str(error)) from error
+    return pairs
 
 
 def _to_tv_tensors(image, extra_bands, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:

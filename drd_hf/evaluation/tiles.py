@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from drd_hf.data.splits import SegmentationInfo
 from drd_hf.data.transforms import EvalTransform, SegmentationCollator, undecoded
 from drd_hf.errors import UserError
+from drd_hf.evaluation.protocols import references_of
 from drd_hf.features import input_channels
 from drd_hf.metrics import SegmentationMetrics
 
@@ -36,7 +37,7 @@ def evaluate_model(
     overlapping tiles of one source image is counted in the first of them only; pixels labelled 255 never count.
 
     Args:
-        model: a semantic segmentation model; put in eval mode.
+        model: a semantic segmentation model; put in eval mode. It gets tiles in the dtype of its weights.
         processor: its image processor.
         dataset: one split from `load_splits`.
         batch_size: tiles per forward pass.
@@ -61,7 +62,7 @@ def evaluate_model(
     )
     with torch.inference_mode():
         for batch in tqdm(loader, desc="evaluate", unit="batch"):
-            logits = model(pixel_values=batch["pixel_values"].to(device)).logits
+            logits = model(pixel_values=batch["pixel_values"].to(device, model.dtype)).logits
             metrics.update(logits, batch["labels"].to(device))
     return metrics
 
@@ -78,9 +79,11 @@ def _tiles(dataset, label: str, info: SegmentationInfo | None):
 
 
 def protocol_of(info: SegmentationInfo, label: str = "label") -> str:
-    """How `evaluate_model` counted, in words; where a dataset has two references, with the name of the one taken."""
-    reference = "eroded reference" if label == "label_eroded" else "full reference"
-    return f"{EVALUATION_PROTOCOL}, {reference}" if info.has_eroded else EVALUATION_PROTOCOL
+    """How `evaluate_model` counted, in words; with the name of the reference unless there is only the full one."""
+    names = {column: name for name, column in references_of(info).items()}
+    if list(names.values()) == ["full"]:
+        return EVALUATION_PROTOCOL
+    return f"{EVALUATION_PROTOCOL}, {names[label]} reference"
 
 
 def finite_json(value):
@@ -121,22 +124,55 @@ def milliseconds_per_tile(
         device: default CUDA if there is one, else CPU.
         rounds: timed passes of each model, after two that are not counted.
         batch_size: tiles in a pass.
+
+    Raises:
+        UserError: a model does not run on tiles of this size.
     """
     device = usable_device(device)
     models = [model.to(device).eval() for model in models]
     shape = (tile_size, tile_size)
-    tiles = [torch.zeros(batch_size, input_channels(model), *shape, device=device) for model in models]
+    tiles = [
+        torch.zeros(batch_size, input_channels(model), *shape, device=device, dtype=model.dtype) for model in models
+    ]
     times = [[] for _ in models]
     with torch.inference_mode():
         for turn in range(rounds + 2):
             for model, tile, of_model in zip(models, tiles, times, strict=True):
                 start = time.perf_counter()
-                model(pixel_values=tile)
+                try:
+                    model(pixel_values=tile)
+                except (RuntimeError, ValueError) as error:
+                    raise _refusal(model, tile_size, error) from error
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 if turn >= 2:
                     of_model.append(1000 * (time.perf_counter() - start))
     return [statistics.median(of_model) for of_model in times]
+
+
+def require_size(model: PreTrainedModel, size: int) -> None:
+    """Refuse a model that does not run on one blank tile of `size` x `size` pixels; it is left as it was.
+
+    Raises:
+        UserError: names the model, the size and the reason.
+    """
+    training = model.training
+    tile = torch.zeros(1, input_channels(model), size, size, device=model.device, dtype=model.dtype)
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            model.eval()(pixel_values=tile)
+    except (RuntimeError, ValueError) as error:
+        raise _refusal(model, size, error) from error
+    finally:
+        model.train(training)
+
+
+def _refusal(model, size: int, error: Exception) -> UserError:
+    """In one line that a model does not run on tiles of a size; a `UserError` of the model says so itself."""
+    if isinstance(error, UserError):
+        return error
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{type(model).__name__} does not run on tiles of {size}x{size} pixels ({reason})")
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:

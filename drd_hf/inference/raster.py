@@ -42,12 +42,11 @@ from drd_hf.inference.windows import WindowGrid, blended_blocks, class_ids, wind
 from drd_hf.models import bands_of
 
 # A cache of GDAL's default size, a twentieth of the machine, would be most of what a prediction takes. A damaged JPEG is
-# an error, not grey. What GDAL says on its own beside the exceptions goes nowhere.
+# an error, not grey.
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": 64,
     "GDAL_PAM_ENABLED": True,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,
-    "CPL_LOG": os.devnull,
 }
 
 
@@ -135,10 +134,11 @@ def predict_raster(
 
     Raises:
         UserError: the source cannot be read or does not fit the model, the outputs cannot be written, or they exist and
-            are not those that this call would make.
+            are not those that this call would make; the GPU has too little memory.
     """
     job, todo = _together(
         state,
+        source,
         lambda: _plan(
             model, processor, source, destination, tile, overlap, bands, probabilities, vector, colors, overwrite, fingerprint
         ),
@@ -151,9 +151,10 @@ def predict_raster(
         if "map" in todo:
             _together(
                 state,
+                source,
                 lambda: index < count and _predict_part(model, processor, job, index, count, batch_size, progress),
             )
-        _together(state, lambda: index == 0 and _finish(job, count, todo))
+        _together(state, source, lambda: index == 0 and _finish(job, count, todo))
     finally:
         if index == 0:
             shutil.rmtree(job.folder, ignore_errors=True)
@@ -187,13 +188,17 @@ def model_fingerprint(model: PreTrainedModel, processor) -> str:
     return content.hexdigest()
 
 
-def _together(state, work: Callable[[], object]):
+def _together(state, source: str | Path, work: Callable[[], object]):
     """Do the same in all processes; what fails in one of them is raised in all, so that none waits for it forever."""
     result, error = None, None
     try:
         result = work()
     except UserError as failure:
         error = failure
+    except torch.OutOfMemoryError as failure:
+        error = UserError(
+            f"{source}: out of memory, give a smaller batch_size or tile ({str(failure).splitlines()[0]})"
+        )
     if state is not None and state.num_processes > 1:
         errors = [text for text in gather_object([error and str(error)]) if text]
         if errors:
@@ -311,7 +316,8 @@ def _predict_part(model, processor, job: _Job, index: int, count: int, batch_siz
     first, last = (len(grid.rows) * i // count for i in (index, index + 1))
     top, bottom = grid.rows[first], grid.row_ends[last - 1]
     number = model.config.num_labels
-    job.folder.mkdir(exist_ok=True)
+    with _writing(job.destination):
+        job.folder.mkdir(exist_ok=True)
     total = (last - grid.first_touching(top)) * len(grid.columns)
     bar = tqdm(total=total, desc=Path(job.source).name, unit="window", disable=not progress or index > 0, leave=False)
     bands = {"map": 1} | ({"probabilities": number} if job.probabilities else {})
@@ -402,7 +408,8 @@ def _pieces(dataset, row: int, count: int) -> Iterator[Window]:
 
 def _finish(job: _Job, count: int, todo: set[str]) -> None:
     """Join the parts and move everything into place: the probabilities, then the map, then its polygons."""
-    job.folder.mkdir(exist_ok=True)
+    with _writing(job.destination):
+        job.folder.mkdir(exist_ok=True)
     if "map" in todo:
         made = {}
         with _opened(job.source) as dataset:

@@ -5,6 +5,7 @@ import pickle
 import stat
 import struct
 import zipfile
+import zlib
 
 import pytest
 
@@ -239,7 +240,75 @@ def test_members_that_claim_absurd_sizes_are_refused(tmp_path, claim):
 
 def test_a_real_bomb_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"a\.tif: claims 8000000 bytes"):
-        list_files(make_zip(tmp_path / "a.zip", {"a.tif": bytes(8_000_000)}))
+        list_files(make_zip(tmp_path / "a.zip", {"a.tif": bytes(8_000_000)}, zipfile.ZIP_LZMA))
+
+
+def test_a_constant_image_is_no_bomb(tmp_path):
+    """108 MB of one class deflate to a ratio of 1029, and the limit was 1000."""
+    assert found(make_zip(tmp_path / "a.zip", {"a.tif": bytes(8_000_000)})) == {"a.zip/a.tif": bytes(8_000_000)}
+
+
+def test_paths_with_a_dot_in_them_are_listed_as_what_they_mean(tmp_path):
+    """`a/./b.tif` was taken for a hidden file, and files beside `./a.tif` were not found."""
+    content = {"./x/a.tif": b"1", "./x/a.tfw": b"2", "x/./b.tif": b"3", "./x/.hidden": b"4"}
+    source = make_zip(tmp_path / "a.zip", content)
+    assert found(source) == {"a.zip/x/a.tif": b"1", "a.zip/x/a.tfw": b"2", "a.zip/x/b.tif": b"3"}
+    image = next(file for file in list_files(source) if file.name == "a.tif")
+    assert image.beside(".tfw").read_bytes() == b"2" and image.beside(".tfw").path == "a.zip/x/a.tfw"
+    for other in ("./x/b.tif", "x//b.tif"):
+        with pytest.raises(UserError, match=r"b\.tif: is in the zip twice"):
+            list_files(make_zip(tmp_path / "b.zip", {"x/b.tif": b"1", other: b"2"}))
+
+
+def test_damaged_zips_are_left_out_and_named_on_request(tmp_path):
+    """One zip that was cut short stopped everything, even one of which nothing was needed."""
+    whole = zip_bytes(CONTENT)
+    outer = zip_bytes({"in/cut.zip": whole[:-30], "in/whole.zip": whole}, STORED)
+    write_tree(tmp_path, {"data/cut.zip": whole[:-30], "data/outer.zip": outer, "bad.zip": zip_bytes({"../a": b"x"})})
+    broken = {}
+    paths = [file.path for file in list_files(tmp_path, broken)]
+    assert sorted(paths) == sorted(f"data/outer.zip/in/whole.zip/{name}" for name in CONTENT)
+    assert broken.keys() == {"data/cut.zip", "data/outer.zip/in/cut.zip", "bad.zip"}
+    for path in ("data/cut.zip", "data/outer.zip/in/cut.zip"):
+        assert broken[path].startswith("is damaged or cut short")
+    assert "is no path inside the zip" in broken["bad.zip"]
+    assert not any(str(tmp_path) in why for why in broken.values())  # they go into public cards
+
+
+def test_a_source_that_is_a_damaged_zip_itself_is_an_error_all_the_same(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zip_bytes(CONTENT)[:-30])
+    with pytest.raises(UserError, match=r"a\.zip: is damaged or cut short"):
+        list_files(tmp_path / "a.zip", {})
+
+
+@pytest.mark.parametrize("compression", [STORED, DEFLATED])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_zip_that_was_replaced_is_listed_anew(tmp_path, compression, nested):
+    """The open zip was kept by its path: a process went on to see the old members, and read wrong bytes for them."""
+
+    def write(content):
+        data = zip_bytes(content, compression)
+        (tmp_path / "new").write_bytes(zip_bytes({"in.zip": data}, STORED) if nested else data)
+        os.replace(tmp_path / "new", tmp_path / "a.zip")
+
+    inner = "a.zip/in.zip" if nested else "a.zip"
+    write({"a.tif": b"first"})
+    assert found(tmp_path / "a.zip") == {f"{inner}/a.tif": b"first"}
+    (old,) = list_files(tmp_path / "a.zip")
+    write({"a.tif": b"again", "b.tif": b"more"})
+    assert found(tmp_path / "a.zip") == {f"{inner}/a.tif": b"again", f"{inner}/b.tif": b"more"}
+    for use in (old.read_bytes, old.open):
+        with pytest.raises(UserError, match="was replaced while it was in use"):
+            use()
+
+
+def test_checksums_are_the_same_on_disk_and_in_a_zip(tmp_path):
+    write_tree(tmp_path / "folder", CONTENT)
+    make_zip(tmp_path / "a.zip", CONTENT)
+    on_disk, in_zip = (
+        {file.name: file.checksum() for file in list_files(tmp_path / name)} for name in ("folder", "a.zip")
+    )
+    assert on_disk == in_zip == {name.split("/")[-1]: zlib.crc32(data) for name, data in CONTENT.items()}
 
 
 def test_a_member_twice_in_a_zip_is_refused(tmp_path):

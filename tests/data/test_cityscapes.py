@@ -100,13 +100,12 @@ def test_a_folder_wins_over_its_zip(tmp_path):
     assert all(record.image.local_path and record.label.local_path for record in records(sources))
 
 
-def test_what_is_missing_is_listed_once_with_counts(tmp_path):
+def test_what_is_missing_is_listed_once_with_counts(tmp_path, capsys):
     write_cityscapes(tmp_path)
     next(tmp_path.rglob("aachen_000001_000019_gtFine_labelIds.png")).unlink()
     next(tmp_path.rglob("munster_000000_000019_leftImg8bit.png")).unlink()
-    with pytest.warns(UserWarning) as caught:
-        sources, _, _, notes = find_cityscapes(tmp_path)
-    assert len(caught) == 1 and str(caught[0].message) == f"{tmp_path}: {notes[-1]}"
+    sources, _, _, notes = find_cityscapes(tmp_path)
+    assert capsys.readouterr().err == f"{tmp_path}: {notes[-1]}\n"
     assert "train: 1 without label (aachen_000001_000019)" in notes[-1]
     assert "validation: 1 without image (munster_000000_000019)" in notes[-1]
     assert (len(sources["train"]), len(sources["validation"])) == (3, 1)
@@ -120,6 +119,43 @@ def test_a_split_with_nothing_in_it_is_an_error(tmp_path):
     shutil.rmtree(tmp_path / "leftImg8bit")
     with pytest.raises(UserError, match=r"no image of Cityscapes among .*expected leftImg8bit_trainvaltest\.zip"):
         find_cityscapes(tmp_path)
+
+
+def test_zips_that_are_cut_short_are_left_out_on_request(tmp_path, capsys):
+    """One of them stopped the conversion although broken files were to be skipped."""
+    write_cityscapes(tmp_path, layout="zips")
+    path = tmp_path / "leftImg8bit_demo.zip"
+    path.write_bytes((tmp_path / "leftImg8bit_trainvaltest.zip").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"demo\.zip: is damaged or cut short"):
+        find_cityscapes(tmp_path)
+    sources, _, _, notes = find_cityscapes(tmp_path, skip_broken=True)
+    assert len(records(sources)) == 6
+    (told,) = [note for note in notes if note.startswith("left out, cannot be read: leftImg8bit_demo.zip (is damaged")]
+    assert capsys.readouterr().err == f"{tmp_path}: {told}\n"
+
+
+def test_transparent_pixels_are_no_data(tmp_path):
+    """Their alpha was dropped, so that whatever lay below it had a label and counted in the mean of bands."""
+    truth = write_cityscapes(tmp_path)
+    for name, split in (("munster_000000_000019", "val"), ("berlin_000000_000019", "test")):
+        path = next((tmp_path / "leftImg8bit" / split).rglob(f"{name}_*.png"))
+        pixels = np.dstack((truth.bands[name][..., :3], np.full((32, 64), 255, np.uint8)))
+        pixels[4:8, 10:20, 3] = 0
+        Image.fromarray(pixels).save(path)
+    path = next(tmp_path.rglob("munster_000001_000019_gtFine_labelIds.png"))
+    Image.fromarray(np.dstack((np.asarray(Image.open(path)), np.eye(32, 64, dtype=np.uint8) * 255))).save(path)
+    sources, reader, _, _ = find_cityscapes(tmp_path, with_test=True)
+    for record in (sources["validation"][0], sources["test"][0]):
+        image = truth.bands[record.name][..., :3].copy()
+        image[4:8, 10:20] = 0
+        np.testing.assert_array_equal(reader.read(record).image, image)
+        assert reader.header(record).height == 32
+    label = truth.labels["munster_000000_000019"].copy()
+    label[4:8, 10:20] = 255
+    np.testing.assert_array_equal(reader.read(sources["validation"][0]).label, label)
+    assert reader.read(sources["test"][0]).label is None
+    label = np.where(np.eye(32, 64, dtype=bool), truth.labels["munster_000001_000019"], 255)
+    np.testing.assert_array_equal(reader.read(sources["validation"][1]).label, label)
 
 
 def test_a_label_of_another_size_and_a_truncated_image_are_named(tmp_path):

@@ -175,6 +175,19 @@ def test_hidden_files_are_no_images(tmp_path):
     assert len(find_pairs(read(tmp_path, color_layout()), source)["train"]) == 2
 
 
+def test_name_that_is_not_utf8_is_refused(tmp_path):
+    # The error came from the writer of the parquet files, after the images had been decoded.
+    source = make_tree(tmp_path / "source")
+    for kind, ending in (("images", "jpg"), ("masks", "png")):
+        name = os.fsencode(source / "Tile 2" / kind) + b"/gr\xf6n." + ending.encode()
+        try:
+            os.rename(source / "Tile 2" / kind / f"b.{ending}", name)
+        except OSError:
+            pytest.skip("this file system takes no such name")
+    with pytest.raises(UserError, match=r"the name of Tile 2/images/gr\\udcf6n.jpg is not UTF-8; rename"):
+        find_pairs(read(tmp_path, color_layout()), source)
+
+
 def test_image_without_a_mask_is_refused(tmp_path):
     source = make_tree(tmp_path / "source")
     (source / "Tile 2" / "masks" / "b.png").unlink()
@@ -423,6 +436,20 @@ def test_header_knows_size_and_changes_with_the_files(tmp_path):
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
         assert reader.header(found).identity != header.identity
         header = reader.header(found)
+
+
+def test_header_changes_with_a_world_file(tmp_path):
+    # One that changed between a killed conversion and the next start was not seen: half of the tiles kept the old place.
+    found = FolderRecord(
+        save(tmp_path / "i.tif", np.zeros((2, 3, 3))), save(tmp_path / "m.png", color_mask(LABEL)), "i"
+    )
+    headers = []
+    for place in ("", "1\n0\n0\n-1\n100.5\n199.5\n", "1\n0\n0\n-1\n200.5\n199.5\n"):
+        if place:
+            (tmp_path / "i.tfw").write_text(place)
+        headers.append(FolderReader(read(tmp_path, color_layout())).header(found))
+    assert len({header.identity for header in headers}) == 3
+    assert [header.georeferenced for header in headers] == [False, True, True]
 
 
 def test_header_refuses_what_can_be_seen_without_decoding(tmp_path):

@@ -21,6 +21,7 @@ from .official import (
     write_potsdam,
     write_tiff,
     write_vaihingen,
+    zip_folder,
 )
 
 COLORS = tuple(c.color for c in ISPRS_CLASSES)
@@ -178,6 +179,78 @@ def test_pixels_without_data_are_255_in_both_labels(tmp_path):
         np.testing.assert_array_equal(label, expected)
 
 
+def test_pixels_without_data_are_0_in_every_band(tmp_path):
+    """They kept their value, such as 17, and their height, so that they counted in the mean and deviation of bands."""
+    truth = write_potsdam(tmp_path, FEW)
+    pixels = np.maximum(truth.bands["2_11"][..., :3], 18)
+    pixels[10:20, 30:50] = 17
+    write_tiff(tmp_path / "2_Ortho_RGB" / "top_potsdam_2_11_RGB.tif", pixels, nodata=17)
+    sources, reader, _, _ = few(tmp_path, height=True)
+    image = reader.read(next(record for record in records(sources) if record.name == "2_11")).image
+    expected = np.dstack((pixels, truth.bands["2_11"][..., 4]))
+    expected[10:20, 30:50] = 0
+    assert (expected > 0).any(axis=2).sum() == 64 * 64 - 200
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_unknown_colours_of_the_eroded_reference_are_reported_without_its_boundaries(tmp_path):
+    """Only those of the full reference were."""
+    write_potsdam(tmp_path, FEW)
+    label = np.full((64, 64, 3), 255, np.uint8)
+    label[:2] = 0
+    label[2, :5] = (255, 0, 255)
+    write_tiff(tmp_path / "5_Labels_all_noBoundary" / "top_potsdam_2_11_label_noBoundary.tif", label)
+    sources, reader, _, _ = few(tmp_path)
+    source = reader.read(next(record for record in records(sources) if record.name == "2_11"))
+    assert source.report == {"255,0,255 in label_eroded": 5}
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def test_zips_that_are_cut_short_are_left_out_on_request(tmp_path, capsys):
+    """A zip that was cut short stopped the conversion although broken files were to be skipped, and although nothing in
+    it was asked for."""
+    truth = write_potsdam(tmp_path, FEW, layout="zips")
+    for name in ("1_DSM_normalisation.zip", "5_Labels_all_noBoundary.zip"):
+        cut_short(tmp_path / name)
+    with pytest.raises(UserError, match="1_DSM_normalisation.zip: is damaged or cut short"):
+        few(tmp_path)
+    sources, reader, _, notes = few(tmp_path, skip_broken=True)
+    assert len(records(sources)) == len(FEW)
+    for record in records(sources):
+        np.testing.assert_array_equal(reader.read(record).label, truth.labels[record.name])
+        assert record.label_eroded is None
+    told = [note for note in notes if note.startswith("left out, cannot be read: ")]
+    assert [note.split()[5] for note in told] == ["1_DSM_normalisation.zip", "5_Labels_all_noBoundary.zip"]
+    assert all("(is damaged or cut short" in note for note in told)
+    assert capsys.readouterr().err.splitlines() == [f"{tmp_path}: {note}" for note in told]
+    with pytest.raises(UserError, match="4 without normalised height"):
+        few(tmp_path, skip_broken=True, height=True)
+
+
+def test_the_note_on_7_10_is_for_datasets_that_have_it(tmp_path):
+    """It was said to be used where no file of it was there, and where it was left out as broken."""
+    write_potsdam(tmp_path, FEW)
+    assert any("7_10 out because its reference has errors" in note for note in few(tmp_path)[3])
+    for path in list(tmp_path.rglob("*_7_10_*")):
+        path.unlink()
+    _, _, _, notes = few(tmp_path)
+    assert not any("has errors" in note for note in notes) and any("7_10" in note for note in notes)
+
+
+def test_counts_in_notes_hold_when_tiles_turn_out_to_be_broken_later(tmp_path):
+    """ "6 of 38 tiles are complete and used", said the card, and below: "2_11 is left out"."""
+    write_potsdam(tmp_path, FEW)
+    next(tmp_path.rglob("top_potsdam_6_7_RGB.tif")).unlink()
+    next(tmp_path.rglob("top_potsdam_2_13_label_noBoundary.tif")).unlink()
+    _, _, _, notes = few(tmp_path)
+    assert not any("used" in note or "labels of" in note for note in notes)
+    assert any("6 of 7 tiles have all files" in note for note in notes)
+    assert any("files are there for 5 of 6 tiles" in note for note in notes)
+
+
 def test_references_are_chosen(tmp_path):
     truth = write_potsdam(tmp_path, FEW)
     for reference, label, beside in (
@@ -209,7 +282,7 @@ def test_eroded_files_of_some_tiles_only_are_told_and_used(tmp_path):
     next(tmp_path.rglob("top_potsdam_2_13_label_noBoundary.tif")).unlink()
     sources, _, _, notes = few(tmp_path)
     assert [record.name for record in records(sources) if record.label_eroded is None] == ["2_13"]
-    assert any("for 6 of 7 tiles" in note for note in notes)
+    assert any("files are there for 6 of 7 tiles" in note for note in notes)
 
 
 def test_complete_references_win_over_those_for_participants(tmp_path):
@@ -241,17 +314,17 @@ def test_endings_and_names_may_be_in_upper_case(tmp_path):
     assert len(records(few(tmp_path)[0])) == len(FEW)
 
 
-def test_missing_files_are_listed_once_with_counts_and_their_tiles_left_out(tmp_path):
+def test_missing_files_are_listed_once_with_counts_and_their_tiles_left_out(tmp_path, capsys):
+    """They were told as a Python warning, with the file and line of a source code that users do not know."""
     write_potsdam(tmp_path, FEW)
     next(tmp_path.rglob("top_potsdam_2_11_RGB.tif")).unlink()
     for tile in ("2_13", "6_7"):
         (tmp_path / "5_Labels_all" / f"top_potsdam_{tile}_label.tif").unlink()
     shutil.rmtree(tmp_path / "5_Labels_for_participants")
-    with pytest.warns(UserWarning) as caught:
-        sources, _, _, notes = few(tmp_path)
-    told = [note for note in notes if "complete" in note]
-    assert [str(warning.message) for warning in caught] == [f"{tmp_path}: {told[0]}"] and len(told) == 1
-    assert "4 of 7 tiles are complete and used" in told[0]
+    sources, _, _, notes = few(tmp_path)
+    told = [note for note in notes if "all files" in note]
+    assert capsys.readouterr().err == f"{tmp_path}: {told[0]}\n" and len(told) == 1
+    assert "4 of 7 tiles have all files" in told[0]
     assert "1 without RGB image: 2_11; 2 without full reference: 6_7 2_13." in told[0]
     assert names(sources) == {"train": ["4_12", "7_10"], "validation": ["2_10"], "test": ["3_13"]}
 
@@ -262,8 +335,7 @@ def test_a_split_with_nothing_in_it_is_an_error_unless_left_out(tmp_path):
         UserError, match="split test has no complete tile of ISPRS Potsdam .*14 without RGB image and full reference"
     ):
         find_isprs(POTSDAM, tmp_path)
-    with pytest.warns(UserWarning, match="2 of 24 tiles"):
-        sources, _, _, _ = find_isprs(POTSDAM, tmp_path, leave_out=["test"])
+    sources, _, _, _ = find_isprs(POTSDAM, tmp_path, leave_out=["test"])
     assert names(sources) == {"train": ["2_11"], "validation": ["2_10"]}
 
 
@@ -274,6 +346,19 @@ def test_validation_and_left_out_tiles_are_chosen(tmp_path):
     assert not any("has errors" in note for note in notes)
     assert any("Left out on request" in note and "7_10" in note for note in notes)
     assert "validation" not in few(tmp_path, validation=[])[0]
+
+
+def test_validation_leaves_something_to_train_on(tmp_path):
+    """A dataset without train split was written when all train tiles were chosen for validation."""
+    write_potsdam(tmp_path, FEW)
+    for options in (
+        {"validation": POTSDAM_TRAIN},
+        {"validation": [tile for tile in POTSDAM_TRAIN if tile != "2_10"], "leave_out": ["2_10"]},
+        {"leave_out": [tile for tile in POTSDAM_TRAIN if tile != "2_10"]},
+    ):
+        with pytest.raises(UserError, match="no train tile is left, only .*; choose fewer validation tiles"):
+            find_isprs(POTSDAM, tmp_path, **options)
+    assert names(few(tmp_path, leave_out=["train"])[0]) == {"test": ["2_13", "3_13"]}
 
 
 @pytest.mark.parametrize(
@@ -373,9 +458,90 @@ def test_vaihingen_with_one_folder_for_each_kind_is_found(tmp_path):
     main = tmp_path / "all" / VAIHINGEN_ZIP
     for old, new in ((main / "top", "top"), (tmp_path / "all" / f"{VAIHINGEN_ZIP}_ground_truth_COMPLETE", "gts")):
         shutil.copytree(old, tmp_path / "mine" / new)
-    with pytest.warns(UserWarning, match="3 of 33 tiles"):
-        sources, _, _, _ = find_isprs(VAIHINGEN, tmp_path / "mine", validation=["area30"])
+    sources, _, _, _ = find_isprs(VAIHINGEN, tmp_path / "mine", validation=["area30"])
     assert names(sources) == {"train": ["1"], "validation": ["30"], "test": ["2"]}
+
+
+def vaihingen_parts(tmp_path, tiles=("1", "30", "2")):
+    """Vaihingen's zips, the folder of the first one unpacked, and what is in them."""
+    truth = write_vaihingen(tmp_path / "all", tiles)
+    shutil.copytree(tmp_path / "all" / VAIHINGEN_ZIP, tmp_path / "mine")
+    return truth, tmp_path / "mine", tmp_path / "all" / f"{VAIHINGEN_ZIP}_ground_truth_COMPLETE"
+
+
+def check_vaihingen(source, truth, **options):
+    sources, reader, _, _ = find_isprs(VAIHINGEN, source, **options)
+    for record in records(sources):
+        read = reader.read(record)
+        np.testing.assert_array_equal(read.image, truth.bands[record.name][..., (3, 0, 1)])
+        np.testing.assert_array_equal(read.label, truth.labels[record.name])
+    return names(sources)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    "folder", ["complete", "train_masks", "annotations", "ann_dir", "labels-png", "Ground Truth", "A GTS"]
+)
+def test_labels_are_never_taken_for_images(tmp_path, folder, zipped):
+    """The complete labels of Vaihingen have the names of its images and come in a zip without folders. Unpacked into
+    `complete/` they became the images, silently: the tiles of the dataset held the five colours of labels."""
+    truth, source, full = vaihingen_parts(tmp_path)
+    if zipped:  # folders won over zips, whatever was in them
+        zip_folder(source, tmp_path / f"{VAIHINGEN_ZIP}.zip")
+        source = tmp_path
+        shutil.rmtree(tmp_path / "mine")
+        full = full.rename(tmp_path / "full")
+        shutil.rmtree(tmp_path / "all")
+    full.rename(source / folder)
+    assert check_vaihingen(source, truth) == {"train": ["1"], "validation": ["30"], "test": ["2"]}
+
+
+def test_of_a_folder_that_says_nothing_nothing_is_taken_where_another_says_it_holds_images(tmp_path):
+    truth, source, full = vaihingen_parts(tmp_path)
+    full.rename(source / "a")
+    assert check_vaihingen(source, truth, leave_out=["test"]) == {"train": ["1"], "validation": ["30"]}
+
+
+def test_images_and_labels_in_folders_that_say_nothing_are_refused(tmp_path):
+    truth, source, full = vaihingen_parts(tmp_path)
+    (source / "top").rename(source / "b")
+    shutil.copytree(full, source / "a")
+    with pytest.raises(UserError, match=r"a/top_mosaic_\S+ and \S+b/top_mosaic_\S+: differ, .* such as top and gts"):
+        find_isprs(VAIHINGEN, source, leave_out=["test"])
+    (source / "b").rename(source / "images")
+    (source / "a").rename(source / "masks")
+    assert check_vaihingen(source, truth) == {"train": ["1"], "validation": ["30"], "test": ["2"]}
+
+
+def test_the_same_image_twice_is_no_question(tmp_path):
+    """Once on disk and once in a zip, or copied at another time: identities differ, contents do not."""
+    truth, source, full = vaihingen_parts(tmp_path)
+    full.rename(source / "gts")
+    (source / "top").rename(source / "a")
+    zip_folder(source / "a", source / "b.zip")
+    shutil.copytree(source / "a", source / "c", copy_function=shutil.copyfile)
+    assert check_vaihingen(source, truth) == {"train": ["1"], "validation": ["30"], "test": ["2"]}
+
+
+def test_a_label_that_stands_where_the_image_belongs_is_refused_when_it_is_read(tmp_path):
+    _, source, full = vaihingen_parts(tmp_path)
+    shutil.rmtree(source / "top")
+    full.rename(source / "a")
+    sources, reader, _, _ = find_isprs(VAIHINGEN, source, leave_out=["test"])
+    with pytest.raises(UserError, match=r"a/top_mosaic_09cm_area1\.tif: is no image, it holds only colours of labels"):
+        reader.read(sources["train"][0])
+
+
+@pytest.mark.parametrize(
+    "folder", ["Vaihingen_images_and_ground_truth", "ground_truth_and_more", "top_and_gts/labels"]
+)
+def test_the_nearest_folder_tells_what_a_file_is(tmp_path, folder):
+    """Below a folder with "ground_truth" in its name no image was found."""
+    truth, source, full = vaihingen_parts(tmp_path)
+    full.rename(source / "gts")
+    (tmp_path / "outer" / folder).parent.mkdir(parents=True)
+    source.rename(tmp_path / "outer" / folder)
+    assert check_vaihingen(tmp_path / "outer", truth) == {"train": ["1"], "validation": ["30"], "test": ["2"]}
 
 
 def test_eroded_labels_are_never_taken_for_the_full_ones(tmp_path):
@@ -384,8 +550,7 @@ def test_eroded_labels_are_never_taken_for_the_full_ones(tmp_path):
     (tmp_path / "A_ground_truth_eroded").mkdir()
     for path in (tmp_path / f"{VAIHINGEN_ZIP}_ground_truth_eroded_COMPLETE").glob("*.tif"):
         shutil.copy(path, tmp_path / "A_ground_truth_eroded" / path.name.replace("_noBoundary", ""))
-    with pytest.warns(UserWarning, match="3 of 33 tiles"):
-        sources, reader, _, _ = find_isprs(VAIHINGEN, tmp_path)
+    sources, reader, _, _ = find_isprs(VAIHINGEN, tmp_path)
     for record in records(sources):
         np.testing.assert_array_equal(reader.read(record).label, truth.labels[record.name])
 
@@ -420,8 +585,7 @@ def test_a_tile_of_full_size_decodes_exactly_from_zips(tmp_path):
     truth = write_potsdam(
         tmp_path, tiles, 6000, ("RGBIR",), participants=False, layout="zip of zips", compression=zipfile.ZIP_STORED
     )
-    with pytest.warns(UserWarning, match="3 of 38 tiles"):
-        sources, reader, _, _ = find_isprs(POTSDAM, tmp_path, bands="RGBIR", height=True)
+    sources, reader, _, _ = find_isprs(POTSDAM, tmp_path, bands="RGBIR", height=True)
     for record in records(sources):
         source = reader.read(record)
         np.testing.assert_array_equal(source.image, truth.bands[record.name])

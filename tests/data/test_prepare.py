@@ -1,3 +1,5 @@
+import errno
+import importlib.util
 import io
 import os
 import random
@@ -26,7 +28,7 @@ from drd_hf.data.scenes import scene_records
 from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.errors import UserError
 
-from .official import write_potsdam
+from .official import write_cityscapes, write_potsdam
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_dataset.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
@@ -562,9 +564,10 @@ def test_broken_sources_are_left_out_on_request_and_listed(tmp_path, capsys):
 
 
 def test_split_whose_sources_are_all_broken_is_an_error(tmp_path):
-    for sources in ({"train": town(0), "test": town(1)}, {"train": town(0), "test": town(3)}):
-        with pytest.raises(UserError, match="split test has nothing left"):
-            make(tmp_path / "out", sources, BrokenReader(), skip_broken=True)
+    # The message named no file and no reason.
+    for numbers, first in (((1,), "1.tif: is no image"), ((3,), "3.tif: is cut short"), ((1, 1), "1.* more")):
+        with pytest.raises(UserError, match=f"split test has nothing left, none of its images can be read: {first}"):
+            make(tmp_path / "out", {"train": town(0), "test": town(*numbers)}, BrokenReader(), skip_broken=True)
 
 
 def test_what_was_left_out_before_is_an_error_without_the_request(tmp_path, small_shards):
@@ -613,50 +616,147 @@ def test_folder_of_somebody_else_under_the_name_of_the_workplace_is_left_alone(t
 FILE_EVENTS = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def killed_before_file_event(n, folder, function):
-    """Run `function` in a process that is killed right before its n-th change of the file system; whether it was."""
+def states_before_file_events(folder, states, function):
+    """What is in `folder` right before each change of it by `function`: folders in `states`, one for each change.
+
+    Another process runs it. What a killed process leaves is what the file system has at that moment.
+    """
     child = os.fork()
     if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    left = [n]
+        assert os.waitpid(child, 0)[1] == 0
+        return [states / str(n) for n in range(len(list(states.iterdir())))]
+    taking = []
 
     def watch(event, args):
         writes = event == "open" and str(args[0]).startswith(str(folder)) and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in FILE_EVENTS or writes:
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if not taking and (event in FILE_EVENTS or writes):
+            taking.append(True)
+            shutil.copytree(folder, states / str(len(list(states.iterdir()))))
+            taking.clear()
 
+    status = 1
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        states.mkdir()
         sys.addaudithook(watch)
         function()
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def test_killed_before_any_change_of_a_file_it_goes_on_and_never_loses_the_old_dataset(
     tmp_path, small_shards, monkeypatch
 ):
+    # A start with other options after a kill in the last steps ended in a FileNotFoundError: what was left of the
+    # workplace was removed as if all was done, and then written to.
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # what a killed process wrote is not lost; waiting takes long
-    sources, output = {"train": town(0), "test": town(2)}, tmp_path / "out"
-    make(tmp_path / "old", {"train": town(6)})
-    make(tmp_path / "new", sources)
-    before, after = contents(tmp_path / "old"), contents(tmp_path / "new")
-    n, killed = 0, True
-    while killed:
-        n += 1
-        shutil.copytree(tmp_path / "old", output)
-        killed = killed_before_file_event(n, tmp_path, lambda: make(output, sources, overwrite=True))
-        if output.exists():
-            assert contents(output) in ([before, after] if killed else [after])
+    sources, folder = {"train": town(0), "test": town(2)}, tmp_path / "folder"
+    options = {"same": {"tile_size": 16}, "other": {"tile_size": 40}}
+    make(folder / "out", {"train": town(6)})
+    before = contents(folder / "out")
+    for name in options:
+        make(tmp_path / name, sources, **options[name])
+    after = {name: contents(tmp_path / name) for name in options}
+
+    run = lambda output, name: make(output / "out", sources, overwrite=True, **options[name])  # noqa: E731
+    states = states_before_file_events(folder, tmp_path / "states", lambda: run(folder, "same"))
+    assert len(states) > 25
+    for state in states:
+        if (state / "out").exists():
+            assert contents(state / "out") in (before, after["same"])
         else:
-            assert contents(tmp_path / "out.unfinished" / "old") == before
-        make(output, sources, overwrite=True)
-        assert contents(output) == after
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "out"]
-        shutil.rmtree(output)
-    assert n > 25
+            assert contents(state / "out.unfinished" / "old") == before
+        shutil.copytree(state, state.with_suffix(".copy"))
+        for start, name in ((state, "same"), (state.with_suffix(".copy"), "other")):
+            run(start, name)
+            assert contents(start / "out") == after[name]
+            assert [path.name for path in start.iterdir()] == ["out"]
+
+
+def test_process_that_waits_for_the_folder_does_not_disturb_the_one_that_is_done(tmp_path, monkeypatch):
+    # A second process that polled for the lock made the file again while the first one removed the folder, and the
+    # first one, whose dataset was complete, ended in "Directory not empty".
+    remove = os.rmdir
+
+    def rmdir(path, *args, **kwargs):
+        if str(path).endswith("out.unfinished"):
+            (tmp_path / "out.unfinished" / "lock").touch()
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    make(tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="out: exists already"):
+        make(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("written", ["README.md", "assembled.json", "train-00000"])
+def test_full_disk_in_the_last_step_is_one_line_and_the_parts_are_kept(tmp_path, small_shards, monkeypatch, written):
+    # Errors of the last step were tracebacks, after hours of work.
+    def full(function):
+        def call(*args, **kwargs):
+            if any(written in str(arg) for arg in args):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "link"), (shutil, "copyfile"), (output_module, "write_file")):
+            patch.setattr(module, name, full(getattr(module, name)))
+        with pytest.raises(
+            UserError, match="out.unfinished: cannot be written .No space left.*7 finished .* are kept"
+        ):
+            make(tmp_path / "out")
+    make(tmp_path / "out")
+    make(tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_mount_point_is_refused_before_any_work():
+    # A mounted folder cannot be replaced, which was found out after the whole conversion.
+    with pytest.raises(UserError, match="^/proc: is a mount point, .* give a folder inside it"):
+        make("/proc")
+
+
+def test_output_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    # These were taken for a folder that another process has just removed, and tried again for ever.
+    with pytest.raises(UserError, match="/proc/none/out.unfinished: cannot be written"):
+        make("/proc/none/out")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="out.unfinished: cannot be written"):
+        make("out")
+
+
+@pytest.mark.parametrize("name", ["old_photos/x", "dataset_mine/x", "shards.txt", "lock2", "assembled.json.tmp"])
+def test_files_whose_names_only_begin_like_ours_are_left_alone(tmp_path, name):
+    # Any name that began with that of a part of the workplace was taken for one, and the folder removed at the end.
+    path = tmp_path / "out.unfinished" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("dear")
+    with pytest.raises(UserError, match=f"{name.split('/')[0]} is not from it; move it away"):
+        make(tmp_path / "out")
+    assert path.read_text() == "dear"
+
+
+def test_rest_of_a_file_that_a_killed_process_wrote_is_removed(tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "assembled.json.123.tmp").write_text("{")
+    make(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_card_of_another_encoding_is_somebody_elses(tmp_path):
+    # It was a UnicodeDecodeError.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(UserError, match="is not a dataset that this tool wrote"):
+        make(tmp_path / "out", overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -719,6 +819,20 @@ def run_script(*args):
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """The script's `main` with the words of a command, in this process, which saves the time of a start."""
+    spec = importlib.util.spec_from_file_location("prepare_dataset", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+        module.main()
+
+    return call
+
+
 def test_script_prepares_a_folder_and_reports_bad_input_in_one_line(tmp_path):
     for part, split in enumerate(("train", "test")):
         for kind in ("images", "masks"):
@@ -749,10 +863,38 @@ def test_script_prepares_a_folder_and_reports_bad_input_in_one_line(tmp_path):
     assert card(tmp_path / "out")["segmentation"]["name"] == "source"
 
 
-def test_script_prepares_generated_scenes_that_differ_between_splits(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("scenes --bands RGB", "--bands is for --dataset potsdam or vaihingen; leave it out for scenes"),
+        ("scenes --source .", "--source is for --dataset potsdam or vaihingen or cityscapes or folder; leave"),
+        ("cityscapes --source . --height", "--height is for --dataset potsdam or vaihingen; leave it out for citysc"),
+        ("cityscapes --source . --leave_out 2_10", "--leave_out is for"),
+        ("cityscapes --source . --validation_tiles", "--validation_tiles is for"),
+        ("potsdam --source . --with_test", "--with_test is for --dataset cityscapes; leave it out for potsdam"),
+        ("vaihingen --source . --unknown ignore", "--unknown is for --dataset folder; leave it out for vaihingen"),
+        ("folder --source . --layout x.yaml --seed 3", "--seed is for --dataset scenes; leave it out for folder"),
+    ],
+)
+def test_script_refuses_options_of_another_dataset(tmp_path, script, words, message):
+    # They were accepted and had no effect.
+    with pytest.raises(UserError, match=re.escape(message)):
+        script("--output", tmp_path / "out", "--dataset", *words.split())
+
+
+def test_script_says_that_a_split_has_no_labels(tmp_path, script, capsys):
+    # It listed 0.0% of every class.
+    write_cityscapes(tmp_path / "source", size=32)
+    args = ["--source", tmp_path / "source", "--output", tmp_path / "out", "--tile_size", 32]
+    script("--dataset", "cityscapes", *args, "--with_test")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r"test: \d+ tiles of \d+ images; no labels", line) for line in lines), lines
+    assert any(re.fullmatch(r"train: .*; road \d+\.\d%, .*, ignored \d+\.\d%", line) for line in lines), lines
+
+
+def test_script_prepares_generated_scenes_that_differ_between_splits(tmp_path, script):
     args = ["--dataset", "scenes", "--output", tmp_path / "out", "--tile_size", 64, "--scene_size", 64]
-    done = run_script(*args, "--scenes_train", 2, "--scenes_validation", 1, "--scenes_test", 0)
-    assert done.returncode == 0, done.stderr
+    script(*args, "--scenes_train", 2, "--scenes_validation", 1, "--scenes_test", 0)
     found = [row for split in ("train", "validation") for row in rows(tmp_path / "out", split)]
     assert len({row["image"]["bytes"] for row in found}) == len({row["source"] for row in found}) == 3
     assert not list((tmp_path / "out" / "data").glob("test-*"))
@@ -768,17 +910,16 @@ def test_no_scene_is_in_two_splits_or_under_two_seeds():
             scene_records(counts, seed)
 
 
-def test_script_prepares_potsdam_and_refuses_to_upload_it_before_any_work(tmp_path):
+def test_script_prepares_potsdam_and_refuses_to_upload_it_before_any_work(tmp_path, script, capsys):
     write_potsdam(tmp_path / "source", ("2_10", "2_11", "2_13"), layout="zips", georeference="internal")
     args = ["--dataset", "potsdam", "--source", tmp_path / "source", "--output", tmp_path / "out", "--tile_size", 32]
-    refused = run_script(*args, "--push_to_hub", "somebody/potsdam")
-    assert refused.returncode != 0
-    assert re.match("error: the terms of .*Potsdam.* --i_have_the_right", refused.stderr.strip().splitlines()[-1])
+    with pytest.raises(UserError, match="^the terms of .*Potsdam.* --i_have_the_right"):
+        script(*args, "--push_to_hub", "somebody/potsdam")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
-    done = run_script(*args, "--bands", "RGBIR", "--height", "--reference", "both", "--validation_tiles")
-    assert done.returncode == 0, done.stderr
-    assert "train: 8 tiles of 2 images" in done.stdout and "validation" not in done.stdout
+    script(*args, "--bands", "RGBIR", "--height", "--reference", "both", "--validation_tiles")
+    said = capsys.readouterr().out
+    assert "train: 8 tiles of 2 images" in said and "validation" not in said
     head = card(tmp_path / "out")["segmentation"]
     assert head["bands"] == ["red", "green", "blue", "near_infrared", "height"]
     assert (head["has_eroded"], head["georeferenced"], head["may_be_shared"]) == (True, True, False)

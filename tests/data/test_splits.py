@@ -1,8 +1,12 @@
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -11,6 +15,8 @@ from drd_hf.data.prepare import prepare_dataset
 from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.data.splits import SegmentationInfo, SegmentationSplits, load_splits
 from drd_hf.errors import UserError
+
+from ..hub_server import hub  # noqa: F401
 
 FACTS = DatasetFacts(
     "no: yes",  # a name that YAML could misread
@@ -149,6 +155,18 @@ def test_splits_can_be_pickled_transformed_and_selected(tmp_path):
     assert splits["train"].select([2])[0]["source"] == "image 2"
 
 
+@pytest.mark.parametrize("name", ["a [1]", "x[!a]{b,c}", "50%20 #2 ü?", "*"])
+def test_folder_whose_name_looks_like_a_pattern_loads(tmp_path, name):
+    # "a [1]" was written, but none of its files was found again.
+    make(tmp_path / name)
+    make(tmp_path / "a 1", {"train": [5]})
+    loaded, streamed = load_splits(tmp_path / name), load_splits(tmp_path / name, streaming=True)
+    for split in ("train", "validation"):
+        assert [row["source"] for row in loaded[split]] == [row["source"] for row in streamed[split]]
+    assert loaded["train"].num_rows == 4
+    assert loaded["train"].features == streamed["train"].features
+
+
 def test_folder_that_was_prepared_again_is_not_read_from_the_cache(tmp_path):
     # `datasets` caches what it loads; a cache that only knew the path would give back the tiles of the first run.
     make(tmp_path / "out", sources={"train": [1, 2]})
@@ -157,11 +175,51 @@ def test_folder_that_was_prepared_again_is_not_read_from_the_cache(tmp_path):
     assert np.asarray(load_splits(tmp_path / "out")["train"][0]["image"]).max() == 5
 
 
+@pytest.mark.parametrize("same_time", [False, True])
+def test_shards_that_were_replaced_under_the_same_card_are_read_anew(tmp_path, same_time):
+    # A damaged shard was loaded, the good one copied over it and loaded again: the tiles were still the damaged ones,
+    # because the cache's key came from the card alone.
+    make(tmp_path / "out", sources={"train": [1, 2]})
+    make(tmp_path / "other", sources={"train": [5, 6]})
+    (shard,) = (tmp_path / "out" / "data").glob("train-*")
+    (other,) = (tmp_path / "other" / "data").glob("train-*")
+    pq.write_table(pq.read_table(other), other, compression="none")  # of another size than `shard`
+    assert other.stat().st_size != shard.stat().st_size
+
+    assert np.asarray(load_splits(tmp_path / "out")["train"][0]["image"]).max() == 1
+    stat = shard.stat()
+    shard.write_bytes(other.read_bytes())
+    if same_time:
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert np.asarray(load_splits(tmp_path / "out")["train"][0]["image"]).max() == 5
+
+
+def test_folder_that_did_not_change_is_cached_once(tmp_path):
+    make(tmp_path / "out")
+    caches = []
+    for _ in range(2):
+        rows = load_splits(tmp_path / "out")["train"]
+        (tmp_path / "out" / "data" / "notes.txt").write_text("none of the tiles")
+        caches.append([file["filename"] for file in rows.cache_files])
+    assert caches[0] == caches[1] != []
+    assert len(list((tmp_path / "cache").rglob("*train*.arrow"))) == 1
+
+
 @pytest.mark.parametrize("name", ["missing", "a/b/c", "no such folder", "nobody/no-such-dataset"])
 def test_what_is_no_folder_and_no_dataset_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"^{name}: .*no such folder.*give the output folder of prepare_dataset.py"):
         load_splits(name)
+
+
+def test_dataset_that_the_hub_does_not_show_is_told_with_what_to_do(hub):  # noqa: F811
+    # The Hub answers "401" to whoever is not logged in, also where a name is misspelt.
+    code = "from drd_hf.data.splits import load_splits; load_splits('org/misspelt')"
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **home}, capture_output=True, text=True)
+    (said,) = [line for line in done.stderr.splitlines() if "errors.UserError:" in line]
+    assert "org/misspelt: no such folder, and on the Hub no such dataset or a private one; check the name, or" in said
+    assert "`hf auth login`" in said
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ was stopped goes on where it was; `output` says how the whole gets to its place.
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from drd_hf.data.facts import DatasetFacts
 from drd_hf.data.prepare.card import describe, render_card
-from drd_hf.data.prepare.output import Workplace, clean, locked, put_in_place, recover
+from drd_hf.data.prepare.output import Workplace, clean, empty, file_errors, locked, open_shards, put_in_place, recover
 from drd_hf.data.prepare.processes import each_result, worker_pool
 from drd_hf.data.prepare.shards import Conversion, Shard, ShardCounts, convert_shard, find_counts, plan_shards, reason
 from drd_hf.data.source import SourceHeader, SourceReader
@@ -71,10 +72,12 @@ def prepare_dataset(
     stride = tile_size if stride is None else stride
     _check_options(sources, reader, tile_size, stride, scale, num_proc)
     output = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
-    _check_replaceable(output)
+    with file_errors(output):
+        _check_replaceable(output)
     sources = {split: list(sources[split]) for split in SPLITS if split in sources}
     with locked(output) as place:
-        moved = recover(place)  # by a process that was killed right after
+        with file_errors(place.folder):
+            moved = recover(place)  # by a process that was killed right after
         try:
             if not moved:
                 _check_output(output, overwrite)
@@ -92,7 +95,8 @@ def prepare_dataset(
                     return read_info(output)
                 _check_output(output, overwrite)
                 if moved:
-                    clean(place)
+                    with file_errors(place.folder):
+                        empty(place)
                 counts = _convert(shards, conversion, place, executor, skip_broken)
             info = _finish(shards, counts, conversion, place, key, broken, notes)
         except BaseException as error:
@@ -120,12 +124,14 @@ def _check_options(sources, reader, tile_size: int, stride: int, scale: float, n
 
 def _check_replaceable(output: Path) -> None:
     """Refuse an output that is something else than a dataset of this tool, which nothing makes replaceable."""
+    if os.path.ismount(output):
+        raise UserError(f"{output}: is a mount point, which cannot be replaced; give a folder inside it as --output")
     if output.is_dir() and not output.is_symlink() and not any(output.iterdir()):
         return
     if not (output.exists() or output.is_symlink()):
         return
     card = output / "README.md"
-    if output.is_symlink() or not card.is_file() or "\nsegmentation:" not in card.read_text(encoding="utf-8"):
+    if output.is_symlink() or not card.is_file() or b"\nsegmentation:" not in card.read_bytes():
         raise UserError(
             f"{output}: is not a dataset that this tool wrote, so it is not replaced; give another --output"
         )
@@ -151,18 +157,25 @@ def _read_headers(
     found = iter(chain.from_iterable(found))
     headers = {}
     for split, of_split in sources.items():
-        headers[split] = []
+        headers[split], reasons = [], []
         for record, header in zip(of_split, found, strict=False):
-            broken |= {record.name: header} if isinstance(header, str) else {}
+            if isinstance(header, str):
+                reasons.append(header)
+                broken[record.name] = header
             headers[split].append(None if isinstance(header, str) else header)
         names = [header.name for header in headers[split] if header]
         if not names:
-            raise UserError(f"split {split} has nothing left: none of its {len(of_split)} images can be read")
+            raise UserError(_nothing_left(split, reasons))
         if twice := [
             name for name, next_name in zip(sorted(names), sorted(names)[1:], strict=False) if name == next_name
         ]:
             raise UserError(f"split {split} has two images named {twice[0]}; names must differ")
     return headers, broken
+
+
+def _nothing_left(split: str, reasons: Sequence[str]) -> str:
+    more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    return f"split {split} has nothing left, none of its images can be read: {reasons[0]}{more}"
 
 
 def _headers(reader: SourceReader, skip_broken: bool, records: Sequence[Any]) -> list[SourceHeader | str]:
@@ -192,11 +205,8 @@ def _convert(
     shards: Sequence[Shard], conversion: Conversion, place: Workplace, executor: Executor | None, skip_broken: bool
 ) -> dict[str, ShardCounts]:
     """Convert what is not converted yet; the counts of all shards by their keys."""
-    place.shards.mkdir(exist_ok=True)
-    wanted = {f"{shard.key}.{ending}" for shard in shards for ending in ("parquet", "json")}
-    for path in place.shards.iterdir():
-        if path.name not in wanted:  # of other options or files, or cut off
-            path.unlink()
+    with file_errors(place.folder):
+        open_shards(place, {f"{shard.key}.{ending}" for shard in shards for ending in ("parquet", "json")})
     counts, waiting = {}, []
     for shard in shards:
         found = find_counts(shard, place.shards)
@@ -223,7 +233,7 @@ def _finish(shards, counts, conversion: Conversion, place: Workplace, key: str, 
     split_counts = {split: [counts[shard.key] for shard in of_split[split]] for split in splits}
     for split, parts in split_counts.items():
         if not any(part.names for part in parts):
-            raise UserError(f"split {split} has nothing left: none of its images can be read")
+            raise UserError(_nothing_left(split, [why for part in parts for why in part.left_out.values()]))
         if not any(part.tiles for part in parts):
             raise UserError(f"split {split} has no tile with a labelled pixel; check its labels")
     info = describe(conversion, split_counts, broken, notes)
@@ -231,7 +241,9 @@ def _finish(shards, counts, conversion: Conversion, place: Workplace, key: str, 
         split: [place.shards / f"{shard.key}.parquet" for shard in of_split[split] if counts[shard.key].tiles]
         for split in splits
     }
-    put_in_place(place, key, files, render_card(conversion, info, split_counts))
+    card = render_card(conversion, info, split_counts)
+    with file_errors(place.folder):
+        put_in_place(place, key, files, card)
     for name, why in info.left_out.items():
         print(f"left out: {name} ({why})", file=sys.stderr)
     return info

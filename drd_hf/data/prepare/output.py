@@ -12,9 +12,11 @@ absent, or the new one; `recover` knows from what is left which of its steps wer
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from drd_hf.data.prepare.shards import write_file
 from drd_hf.errors import UserError
 
 SECONDS_FOR_ORPHANS = 5.0  # workers of a killed process hold its lock until they notice
+BUSY = "another process is preparing it; wait until it is done, or give another --output"
+TEMPORARY = r"assembled\.json\.\d+\.tmp"  # what `write_file` leaves where it is killed
+ATTEMPTS = 100  # to enter a folder that processes before may be removing; two are hardly ever needed
 
 
 @dataclass(frozen=True)
@@ -58,26 +63,38 @@ class Workplace:
 
 
 @contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """A full disk, a lack of rights and the like become a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path}: cannot be written ({error.strerror or error}); make room or repair it"
+        ) from None
+
+
+@contextmanager
 def locked(output: Path) -> Iterator[Workplace]:
     """The workplace of an output, for one process at a time."""
     place = Workplace(output)
     lock = FileLock(place.lock)
-    while True:
+    for attempt in range(ATTEMPTS):
         try:
             place.folder.mkdir(parents=True, exist_ok=True)
             _check_is_ours(place)
             lock.acquire(timeout=SECONDS_FOR_ORPHANS)
+            if place.lock.exists():
+                break
+            lock.release()  # of a file that the process before has removed
         except Timeout:
-            raise UserError(
-                f"{output}: another process is preparing it; wait until it is done, or give another --output"
-            ) from None
-        except FileNotFoundError:
-            continue  # the process that worked here is done and has removed the folder
+            raise UserError(f"{output}: {BUSY}") from None
         except OSError as error:
+            # The process that worked here may be done and have removed the folder between these steps.
+            if isinstance(error, (FileNotFoundError, FileExistsError)) and attempt < ATTEMPTS - 1:
+                continue
             raise UserError(f"{place.folder}: cannot be written ({error.strerror}); give another --output") from None
-        if place.lock.exists():
-            break
-        lock.release()  # of a file that the process before has removed
+    else:
+        raise UserError(f"{output}: {BUSY}")
     try:
         yield place
     finally:
@@ -85,9 +102,18 @@ def locked(output: Path) -> Iterator[Workplace]:
 
 
 def _check_is_ours(place: Workplace) -> None:
-    known = tuple(path.name for path in (place.shards, place.dataset, place.assembled, place.old, place.lock))
-    if strange := sorted(path.name for path in place.folder.iterdir() if not path.name.startswith(known)):
+    known = {path.name for path in (place.shards, place.dataset, place.assembled, place.old, place.lock)}
+    names = {path.name for path in place.folder.iterdir()} - known
+    if strange := sorted(name for name in names if not re.fullmatch(TEMPORARY, name)):
         raise UserError(f"{place.folder}: is where this tool works, but {strange[0]} is not from it; move it away")
+
+
+def open_shards(place: Workplace, wanted: Set[str]) -> None:
+    """Make the folder of the shards; files in it that are not wanted, of other options or cut off, are removed."""
+    place.shards.mkdir(parents=True, exist_ok=True)
+    for path in list(place.shards.iterdir()):
+        if path.name not in wanted:
+            path.unlink()
 
 
 def recover(place: Workplace) -> str | None:
@@ -132,11 +158,28 @@ def _link(path: Path, link: Path) -> None:
         shutil.copyfile(path, link)
 
 
-def clean(place: Workplace) -> None:
-    """Remove the workplace, what `recover` reads last."""
+def empty(place: Workplace) -> None:
+    """Remove what is in the workplace but its lock, and last what `recover` reads."""
     if place.dataset.exists():
         place.assembled.unlink(missing_ok=True)
     for folder in (place.shards, place.dataset, place.old):
         if folder.exists():
             shutil.rmtree(folder)
-    shutil.rmtree(place.folder)
+    place.assembled.unlink(missing_ok=True)
+    for path in list(place.folder.iterdir()):
+        if re.fullmatch(TEMPORARY, path.name):
+            path.unlink()
+
+
+def clean(place: Workplace) -> None:
+    """Remove the workplace. What stays because it cannot be removed is told; the dataset is not the worse for it."""
+    try:
+        if place.folder.exists():
+            empty(place)
+    except OSError as error:
+        print(f"{place.folder}: cannot be removed ({error.strerror or error}); remove it by hand", file=sys.stderr)
+        return
+    # From here on another process may be in the folder: it makes the lock again, and removes it later.
+    with suppress(OSError):
+        place.lock.unlink(missing_ok=True)
+        place.folder.rmdir()
