@@ -102,16 +102,15 @@ def check_push(
 
     def check() -> None:
         user = api.whoami()
-        repo = _existing(api, repo_id, "dataset", private, _may_replace(facts.name, overwrite))
         role = user.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise UserError(f"{repo_id}: the token may only read; give one with write access")
-        owner = repo_id.split("/")[0]
+        if _existing(api, repo_id, "dataset", private, _may_replace(facts.name, overwrite)) or role != "write":
+            return
+        # What a token of the role "write" may make is known; a fine-grained one may tell less than it may do.
         owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
-        if repo is None and role in ("write", "admin") and owner.lower() not in map(str.lower, owners):
-            raise UserError(
-                f"{repo_id}: does not exist, and the token may not make it: its owners are {', '.join(owners)}"
-            )
+        if repo_id.split("/")[0].lower() not in [owner.lower() for owner in owners]:
+            raise UserError(f"{repo_id}: the token may not make it; give a repository of {' or '.join(owners)}")
 
     _tried(check, repo_id, api)
 
@@ -144,9 +143,10 @@ def _privacy(facts: DatasetFacts, private: bool | None, i_have_the_right: bool) 
     if facts.may_be_shared is True:  # anything unclear that somebody wrote into a card is a no
         return private
     if not i_have_the_right:
+        terms = _line(facts.terms or "its card gives none")
         raise UserError(
-            f"{facts.name}: its terms do not let you hand it on ({_line(facts.terms or 'its card gives none')}); with the "
-            "right to, say so by i_have_the_right, then the repository is private unless you ask for a public one"
+            f"the terms of {facts.name} do not let you hand it on ({terms}); give --i_have_the_right (in Python "
+            "i_have_the_right=True) if you have the right to, then the repository is private unless you say otherwise"
         )
     return True if private is None else private
 
@@ -195,15 +195,16 @@ def _existing(
     except RepositoryNotFoundError:
         return None
     if private is not None and bool(repo.private) != private:
-        is_, asked = ("private", "public") if repo.private else ("public", "private")
+        is_, asked, ask = ("private", "public", "do not ask") if repo.private else ("public", "private", "ask")
         raise UserError(
             f"{repo_id}: the repository is {is_}, and the push is to be {asked}; give another repository, change this "
-            f"one in its settings on the Hub, or ask for a {is_} push"
+            f"one in its settings on the Hub, or {ask} for a public push (--public, in Python private=False)"
         )
     there = {sibling.rfilename for sibling in repo.siblings or ()} - {".gitattributes"}
     if there and not may_replace(_card(api, repo_id, repo_type, repo.sha) if "README.md" in there else {}):
         raise UserError(
-            f"{repo_id}: holds something else already; give another repository, or overwrite to replace it"
+            f"{repo_id}: holds something else already; give another repository, or replace it by --overwrite (in Python "
+            "overwrite=True)"
         )
     return repo.sha, there
 

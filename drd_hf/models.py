@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -250,7 +251,8 @@ def load_image_processor(
         kwargs: passed to `from_pretrained` (revision, token, ...).
 
     Raises:
-        UserError: no processor there, statistics of another number of bands, or none known for the bands.
+        UserError: no processor there, statistics of another number of bands, that are no finite numbers or a deviation
+            of 0, or none known for the bands.
     """
     if str(name_or_path).endswith(".json") and pretrained_weights is not None:
         name_or_path = pretrained_weights
@@ -282,6 +284,9 @@ def load_image_processor(
         if values is not None:
             if len(values) != wanted:
                 raise UserError(f"{name} {list(values)}: give {wanted} values, one for each band")
+            if not all(math.isfinite(x) and (x > 0 or name == "image_mean") for x in values):
+                kind = "numbers above 0" if name == "image_std" else "finite numbers"
+                raise UserError(f"{name} {list(values)}: give {kind}, for images in 0..1")
             setattr(processor, name, [float(x) for x in values])
             processor.do_normalize = True
     return processor

@@ -23,11 +23,12 @@ from drd_hf.checkpoints import (
     checkpoint_to_resume,
     newest_complete_checkpoint,
 )
-from drd_hf.data.splits import SegmentationSplits, StreamedSegmentationSplits
+from drd_hf.data.splits import SegmentationInfo, SegmentationSplits, StreamedSegmentationSplits
 from drd_hf.data.streaming import StreamedTiles, tiles_of_files
 from drd_hf.data.transforms import EvalTransform, TrainTransform, normalization_of, undecoded
 from drd_hf.errors import UserError
 from drd_hf.evaluation import evaluate_model, finite_json, milliseconds_per_tile, protocol_of, same_labels
+from drd_hf.evaluation.tiles import require_size
 from drd_hf.features import gives_class_scores
 from drd_hf.models import bands_of, count_parameters, find_channels
 from drd_hf.trainer import SegmentationTrainer
@@ -97,10 +98,17 @@ class DataArguments:
 
 
 def train_and_validation(splits: SegmentationSplits | StreamedSegmentationSplits, data: DataArguments) -> dict:
-    """`train_dataset` and `eval_dataset` of a trainer, with their transforms."""
+    """`train_dataset` and `eval_dataset` of a trainer, with their transforms.
+
+    Raises:
+        UserError: a split is missing, or one that the model is to be scored on has no labels.
+    """
     missing = [name for name in ("train", "validation", *data.evaluate_on) if name not in splits]
     if missing:
         raise UserError(f"{data.dataset} has no split {missing[0]!r}, only {', '.join(splits)}: see --evaluate_on")
+    for name in data.evaluate_on:
+        if not any(splits.info.pixel_shares[name].values()):
+            raise UserError(f"{data.dataset}: {name} has no labels to be scored on, leave it out of --evaluate_on")
     train, validation = data.train_transform(), EvalTransform(info=splits.info)
     if isinstance(splits, StreamedSegmentationSplits):
         files = {split: tiles_of_files(data.dataset, split) for split in ("train", "validation")}
@@ -112,6 +120,26 @@ def train_and_validation(splits: SegmentationSplits | StreamedSegmentationSplits
         "train_dataset": undecoded(splits["train"]).with_transform(train),
         "eval_dataset": undecoded(splits["validation"]).with_transform(validation),
     }
+
+
+def check_sizes(info: SegmentationInfo, data: DataArguments, student, teacher=None, student_alone=None) -> None:
+    """Run every model once on a blank image of each size that it will see: crops in training, tiles when it is scored.
+
+    Raises:
+        UserError: a model does not run on one of these, which would else come out after the training.
+    """
+    tile, crop = info.tile_size, data.crop_size
+    wanted = [("the student", student, (crop, tile))]
+    if teacher is not None:
+        wanted.append(("the teacher", teacher, (crop, tile) if _scores(teacher, info.id2label) else (crop,)))
+    if student_alone is not None:
+        wanted.append(("the student alone", student_alone, (tile,)))
+    for what, model, sizes in wanted:
+        for size in dict.fromkeys(sizes):
+            try:
+                require_size(model, size)
+            except UserError as error:
+                raise UserError(f"{what} meets {'crops' if size == crop else 'tiles'} of {size}: {error}") from error
 
 
 def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:

@@ -40,7 +40,7 @@ from drd_hf.errors import UserError
 from drd_hf.features import FeatureHooks, feature_widths, layers_in_order
 from drd_hf.losses import DistillationLoss, DualRelationLoss, PixelLogitLoss
 from drd_hf.metrics import SegmentationMetrics
-from drd_hf.models import default_feature_layer
+from drd_hf.models import bands_of, default_feature_layer
 
 logger = logging.getLogger(__name__)
 
@@ -353,7 +353,10 @@ class SegmentationTrainer(Trainer):
                 self.state.best_metric = None
 
     def require_same_settings(self, checkpoint: str | Path) -> None:
-        """Refuse to go on from a checkpoint with other options than it was trained with: `args.kept_on_resume`."""
+        """Refuse to go on from a checkpoint that was trained on other tiles or with other options.
+
+        These are `args.kept_on_resume`, the number of tiles, how they are read, varied and normalised, and the bands.
+        """
         file = Path(checkpoint) / SETTINGS_NAME
         if not file.is_file():
             return
@@ -366,10 +369,20 @@ class SegmentationTrainer(Trainer):
                 )
 
     def _settings(self) -> dict:
-        names = list(self.args.kept_on_resume)
-        if isinstance(self.train_dataset, StreamedTiles):  # which decide there what tiles a batch holds
+        names, data = list(self.args.kept_on_resume), self.train_dataset
+        streaming = isinstance(data, StreamedTiles)
+        if streaming:  # which decide there what tiles a batch holds
             names += ["world_size", "dataloader_num_workers"]
-        return json.loads(json.dumps({name: getattr(self.args, name) for name in names}, default=str))
+        settings = {"streaming": streaming} | {name: getattr(self.args, name) for name in names}
+        if streaming:
+            settings["shuffle_buffer"] = data.shuffle_buffer
+        if hasattr(data, "__len__"):
+            settings["number of tiles"] = len(data)
+        settings |= getattr(_transform_of(data), "settings", {})
+        settings["bands"] = bands_of(self.model.config)
+        for name in ("normalization", "teacher_normalization"):
+            settings[name] = getattr(self.data_collator, name, None)
+        return json.loads(json.dumps(settings, default=str))
 
     # A stream splits itself among ranks and loader workers. accelerate would have every rank read and transform all
     # tiles, or give ranks whole files, of which they have unequally many tiles, and leave the longest waiting for ever.
@@ -505,7 +518,11 @@ class SegmentationTrainer(Trainer):
     def _load_weights(self, checkpoint: str) -> None:
         # Trainer feeds the keys of the file to load_state_dict and goes on with a warning where they do not fit.
         # from_pretrained knows that files keep older names than modules (SegFormer since transformers 5.23).
+        ours = bands_of(self.model.config)
         try:
+            theirs = bands_of(type(self.model.config).from_pretrained(checkpoint))
+            if ours and theirs and ours != theirs:
+                raise ValueError(f"it reads the bands {', '.join(theirs)}, the model {', '.join(ours)}")
             saved, report = type(self.model).from_pretrained(
                 checkpoint, config=self.model.config, use_safetensors=True, output_loading_info=True
             )
@@ -890,6 +907,14 @@ def _layer_pair(text: str) -> tuple[str, str] | tuple[str, str, float]:
         return *pair, float(weight)
     except ValueError:
         raise UserError(f"feature_layers {text!r}: {weight!r} is no number, give STUDENT=TEACHER:WEIGHT") from None
+
+
+def _transform_of(dataset):
+    """What makes training items of the tiles of a split; None where it cannot be known."""
+    if isinstance(dataset, StreamedTiles):
+        return dataset.transform
+    layout = getattr(dataset, "format", None)
+    return layout.get("format_kwargs", {}).get("transform") if isinstance(layout, dict) else None
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ python scripts/distill.py --teacher runs/teacher --student nvidia/mit-b0 --datas
 accelerate launch scripts/distill.py --config scripts/configs/potsdam_segformer-b0_from_dinov2-base.yaml
 """
 
+import copy
 from dataclasses import dataclass, field
 
 from transformers import set_seed
@@ -18,10 +19,18 @@ from drd_hf import (
     load_teacher,
 )
 from drd_hf.arguments import parse_arguments, require
-from drd_hf.errors import run_script
+from drd_hf.errors import UserError, run_script
 from drd_hf.evaluation import check_labels
-from drd_hf.models import find_channels, select_bands
-from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_run, train_and_validation, train_run
+from drd_hf.models import count_parameters, find_channels, select_bands
+from drd_hf.runs import (
+    DataArguments,
+    StartArguments,
+    check_output_dir,
+    check_sizes,
+    finish_run,
+    train_and_validation,
+    train_run,
+)
 
 
 @dataclass
@@ -43,6 +52,15 @@ class ModelArguments(StartArguments):
         default=None,
         metadata={"help": "Folder of the same student trained without a teacher, to be scored beside it in the card."},
     )
+
+
+def check_same_architecture(student, alone, name: str) -> None:
+    ours, theirs = ((model.config.model_type, count_parameters(model)) for model in (student, alone))
+    if ours != theirs:
+        raise UserError(
+            f"--student_alone {name} is a {theirs[0]} of {theirs[1]:,} parameters, the student a {ours[0]} of {ours[1]:,}: "
+            "give the same student trained without a teacher"
+        )
 
 
 def main() -> None:
@@ -68,14 +86,19 @@ def main() -> None:
         student_alone = load_teacher(models.student_alone), load_image_processor(models.student_alone)
         check_labels(student_alone[0], splits.info.id2label, models.student_alone)
         find_channels(student_alone[0], splits.info.bands, models.student_alone, default=args.student_channels)
+        check_same_architecture(student, student_alone[0], models.student_alone)
 
+    datasets = train_and_validation(splits, data)
+    check_sizes(splits.info, data, student, teacher, student_alone and student_alone[0])
+    # The trainer casts its teacher in place; the one that is scored keeps the weights of its checkpoint.
+    scored_teacher = teacher if args.teacher_dtype == "float32" else copy.deepcopy(teacher)
     trainer = DistillationTrainer(
         student,
         teacher,
         args,
         processing_class=processor,
         teacher_processor=teacher_processor,
-        **train_and_validation(splits, data),
+        **datasets,
     )
     train_run(trainer, resume)
     run = finish_run(
@@ -83,7 +106,7 @@ def main() -> None:
         splits,
         data,
         models,
-        teacher=(teacher, teacher_processor),
+        teacher=(scored_teacher, teacher_processor),
         student_alone=student_alone,
         teacher_name=models.teacher,
         base_model=models.pretrained_weights or models.student,

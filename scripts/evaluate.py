@@ -5,6 +5,7 @@ python scripts/evaluate.py --model runs/student --dataset data/potsdam --tta fli
 accelerate launch --num_processes 4 scripts/evaluate.py --model runs/student --dataset data/potsdam
 """
 
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from drd_hf.evaluation.report import (
     write_source_picture,
 )
 from drd_hf.export import load_segmenter
-from drd_hf.models import find_channels
+from drd_hf.models import bands_of, find_channels
 
 
 @dataclass
@@ -102,6 +103,10 @@ def main() -> None:
     if by_tiles and state is not None:
         raise UserError("--windows tiles works in one process: leave it out, or start the script with python")
     device = args.device if state is None else state.device
+    names = bands_of(model.config)
+    if args.channels and names and [info.bands[i] for i in args.channels] != names:
+        chosen = ", ".join(info.bands[i] for i in args.channels)
+        print(f"warning: the model reads {', '.join(names)}, --channels gives it {chosen}", file=sys.stderr)
 
     with staged_folder(args.output, state) if folder else nullcontext() as staging:
         if by_tiles:

@@ -77,6 +77,8 @@ def main() -> None:
         raise UserError(f"--size {args.size}: give a positive number of pixels")
     if args.calibration_tiles < 1:
         raise UserError(f"--calibration_tiles {args.calibration_tiles}: give at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give 0 or above")
     model, processor = load_teacher(args.model), load_image_processor(args.model)
     splits, channels = None, None
     if args.dataset:

@@ -10,7 +10,8 @@ Generated scenes, nothing to download:
     python scripts/prepare_dataset.py --dataset scenes --output data/scenes --tile_size 256
 
 A conversion that was stopped goes on where it was when the same command is given again. The output is read with
-`drd_hf.load_splits`.
+`drd_hf.load_splits`. It can be uploaded later as well:
+    python scripts/prepare_dataset.py --push_only --output data/scenes --push_to_hub ORG/NAME
 """
 
 import argparse
@@ -23,7 +24,7 @@ from drd_hf.data.isprs import find_isprs
 from drd_hf.data.prepare import prepare_dataset
 from drd_hf.data.scenes import SCENES, SceneReader, scene_records
 from drd_hf.errors import UserError, run_script
-from drd_hf.hub import push_dataset
+from drd_hf.hub import check_push, push_dataset
 
 ISPRS = {"potsdam": POTSDAM, "vaihingen": VAIHINGEN}
 DATASETS = (*ISPRS, "cityscapes", "folder", "scenes")
@@ -32,16 +33,17 @@ DATASETS = (*ISPRS, "cityscapes", "folder", "scenes")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", required=True, choices=DATASETS, help="what to prepare")
+    add("--dataset", choices=DATASETS, help="what to prepare")
     add("--source", type=Path, help="folder with the images and masks, or with the zip files, or a zip file")
     add("--output", required=True, type=Path, help="folder to write")
     add("--tile_size", type=int, default=512, help="side of a tile in pixels (default: 512)")
     add("--stride", type=int, help="pixels from one tile to the next (default: the tile size)")
     add("--scale", type=float, default=1.0, help="resample before cutting; 0.5 halves the resolution (default: 1)")
     add("--num_proc", type=int, default=1, help="processes; the result is the same (default: 1)")
-    add("--overwrite", action="store_true", help="replace a dataset that was written to --output before")
+    add("--overwrite", action="store_true", help="replace another dataset in --output, and in the repository")
     add("--skip_broken", action="store_true", help="leave out images that cannot be read, and list them")
     add("--push_to_hub", metavar="REPO", help="upload the result to this dataset repository of the Hub")
+    add("--push_only", action="store_true", help="upload what is in --output already, prepare nothing")
     add("--i_have_the_right", action="store_true", help="upload pixels whose terms forbid it (private by default)")
     add("--public", action="store_true", help="make the uploaded repository public")
 
@@ -81,6 +83,12 @@ def parse_args() -> argparse.Namespace:
     add("--scene_size", type=int, default=384, help="side of a scene in pixels (default: 384)")
     add("--seed", type=int, default=0, help="seed; no scene is in two splits (default: 0)")
     args = parser.parse_args()
+    if args.push_only:
+        if not args.push_to_hub:
+            raise UserError("--push_only needs --push_to_hub, the repository to upload to")
+        return args
+    if args.dataset is None:
+        raise UserError(f"give --dataset, one of {', '.join(DATASETS)}")
     datasets_of["source"] = [name for name in DATASETS if name != "scenes"]
     for option, datasets in datasets_of.items():
         if args.dataset not in datasets and getattr(args, option) != parser.get_default(option):
@@ -110,24 +118,35 @@ def find_sources(args: argparse.Namespace):
 
 def main() -> None:
     args = parse_args()
+    rights = {
+        "private": False if args.public else None,
+        "i_have_the_right": args.i_have_the_right,
+        "overwrite": args.overwrite,
+    }
+    if args.push_only:
+        print("uploaded to", push_dataset(args.output, args.push_to_hub, **rights))
+        return
     sources, reader, facts, notes = find_sources(args)
-    if args.push_to_hub and not facts.may_be_shared and not args.i_have_the_right:
-        raise UserError(
-            f"the terms of {facts.name} forbid to upload its pixels; --i_have_the_right if they do not for you"
+    if args.push_to_hub:
+        check_push(facts, args.push_to_hub, **rights)
+    try:
+        info = prepare_dataset(
+            sources,
+            reader,
+            facts,
+            args.output,
+            tile_size=args.tile_size,
+            stride=args.stride,
+            scale=args.scale,
+            num_proc=args.num_proc,
+            overwrite=args.overwrite,
+            skip_broken=args.skip_broken,
+            notes=notes,
         )
-    info = prepare_dataset(
-        sources,
-        reader,
-        facts,
-        args.output,
-        tile_size=args.tile_size,
-        stride=args.stride,
-        scale=args.scale,
-        num_proc=args.num_proc,
-        overwrite=args.overwrite,
-        skip_broken=args.skip_broken,
-        notes=notes,
-    )
+    except UserError as error:
+        if args.push_to_hub and not args.overwrite and (args.output / "README.md").is_file():
+            raise UserError(f"{error}; or give --push_only to upload what is there") from None
+        raise
     for split, tiles in info.num_tiles.items():
         shares = info.pixel_shares[split] | {"ignored": info.ignored_shares[split]}
         shown = (
@@ -140,9 +159,12 @@ def main() -> None:
         print(f"{name}: {pixels} label pixels are off the palette and took the nearest colour")
     print(f"written to {args.output}")
     if args.push_to_hub:
-        private = False if args.public else None if facts.may_be_shared else True
-        right = args.i_have_the_right
-        print("uploaded to", push_dataset(args.output, args.push_to_hub, private=private, i_have_the_right=right))
+        try:
+            print("uploaded to", push_dataset(args.output, args.push_to_hub, **rights))
+        except UserError as error:
+            raise UserError(
+                f"{error}; the dataset is complete in {args.output}, --push_only uploads it without preparing it again"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ python scripts/preview_dataset.py --dataset data/potsdam --bands near_infrared r
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from drd_hf import load_splits
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.data.preview import preview_tiles
 from drd_hf.errors import UserError, run_script
+from drd_hf.evaluation import references_of
 from drd_hf.pictures import contact_sheet
 
 
@@ -26,9 +26,9 @@ class PreviewArguments:
         default=None,
         metadata={"help": "Bands to show as red, green, blue, or one band as grey. Default: the first three."},
     )
-    reference: Literal["full", "eroded"] = field(
-        default="full",
-        metadata={"help": "Labels as they are, or those with eroded boundaries where a dataset has both."},
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "full, or eroded (no object borders). Default: full where the dataset has it."},
     )
     cell_size: int = field(default=224, metadata={"help": "Side of a tile in the picture, in pixels."})
 
@@ -40,8 +40,12 @@ def main() -> None:
         raise UserError(f"--output {args.output}: give the name of a .png file")
     if not 32 <= args.cell_size <= 2048:
         raise UserError(f"--cell_size {args.cell_size}: give 32 to 2048 pixels")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give 0 or above")
+    if args.reference not in (None, "full", "eroded"):
+        raise UserError(f"--reference {args.reference}: give full or eroded")
     splits = load_splits(args.dataset)
-    label = "label_eroded" if args.reference == "eroded" else "label"
+    reference, label = next(iter(references_of(splits.info, args.reference).items()))
     tiles = preview_tiles(splits, args.split, args.tiles, args.seed, args.bands, label)
 
     info = splits.info
@@ -49,12 +53,15 @@ def main() -> None:
         f"{info.name}, {args.split}: {len(tiles)} of {info.num_tiles[args.split]} tiles of {info.tile_size} pixels "
         f"from {info.num_sources[args.split]} images; shares of the classes in the whole split"
     )
-    if info.has_eroded:
-        title += f"; {args.reference} reference" + (", shares in the full one" if args.reference == "eroded" else "")
+    if label != "label" or list(references_of(info)) != ["full"]:
+        title += f"; {reference} reference" + (", shares in the full one" if label == "label_eroded" else "")
     if args.bands or info.bands != ("red", "green", "blue"):
         title += f"; bands shown: {', '.join(args.bands or info.bands[:3])}, there are {', '.join(info.bands)}"
     shares = info.pixel_shares[args.split] | {"ignored": info.ignored_shares[args.split]}
-    path = contact_sheet(tiles, title, info.colors, info.id2label, shares, args.output, args.cell_size)
+    try:
+        path = contact_sheet(tiles, title, info.colors, info.id2label, shares, args.output, args.cell_size)
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error})") from error
     print(f"{path}: {len(tiles)} tiles of {args.split}")
 
 

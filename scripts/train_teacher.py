@@ -12,7 +12,15 @@ from drd_hf import SegmentationConfig, SegmentationTrainer, load_image_processor
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import run_script
 from drd_hf.models import select_bands
-from drd_hf.runs import DataArguments, StartArguments, check_output_dir, finish_run, train_and_validation, train_run
+from drd_hf.runs import (
+    DataArguments,
+    StartArguments,
+    check_output_dir,
+    check_sizes,
+    finish_run,
+    train_and_validation,
+    train_run,
+)
 
 
 @dataclass
@@ -43,7 +51,9 @@ def main() -> None:
         info=splits.info,
     )
 
-    trainer = SegmentationTrainer(model, args, processing_class=processor, **train_and_validation(splits, data))
+    datasets = train_and_validation(splits, data)
+    check_sizes(splits.info, data, model)
+    trainer = SegmentationTrainer(model, args, processing_class=processor, **datasets)
     train_run(trainer, resume)
     base_model = model_args.pretrained_weights or model_args.model
     run = finish_run(trainer, splits, data, model_args, base_model=base_model)

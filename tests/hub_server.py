@@ -265,7 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             if request.authorization is None:
                 return _error(401, "Invalid username or password.")
-            return _json({"type": "user", "name": USER, "orgs": [{"name": ORGANISATION}]})
+            role = {"accessToken": {"displayName": "test", "role": "write" if _may_write(request) else "read"}}
+            return _json({"type": "user", "name": USER, "orgs": [{"name": ORGANISATION}], "auth": role})
         if path == "/api/validate-yaml":
             return _json({"errors": [], "warnings": []})
         if path == "/api/repos/create":

@@ -94,6 +94,17 @@ def test_the_protocol_names_the_reference_where_there_are_two(splits):
     assert protocol_of(splits.info) == "tiles, each pixel once, full reference"
     assert protocol_of(splits.info, "label_eroded") == "tiles, each pixel once, eroded reference"
     assert protocol_of(replace(splits.info, has_eroded=False)) == "tiles, each pixel once"
+    # Cards of models that were scored on the eroded reference alone did not say so.
+    alone = replace(splits.info, has_eroded=False, notes=("Labels are the reference with eroded boundaries: 255.",))
+    assert protocol_of(alone) == "tiles, each pixel once, eroded reference"
+
+
+def test_a_model_in_half_precision_is_scored_and_timed(splits):
+    # It met tiles in float32, which ended in a RuntimeError.
+    model, processor = tiny_model("segformer").to(torch.bfloat16), SegformerImageProcessor(do_resize=False)
+    metrics = evaluate_model(model, processor, splits["test"], batch_size=3, device="cpu")
+    assert int(metrics.matrix.sum()) == sum(int((square(record)[1] != 255).sum()) for record in (3, 4))
+    assert milliseconds_per_tile([model], 64, "cpu", rounds=1)[0] > 0
 
 
 def test_scores_equal_those_of_a_plain_loop(splits):

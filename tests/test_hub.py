@@ -23,18 +23,37 @@ from drd_hf.hub import push_dataset
 from .hub_server import READ_TOKEN, TOKEN, HubServer, hub  # noqa: F401  (hub is a fixture)
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "prepare_dataset.py"
 TERMS = "No part of the images may be handed on."
+# Answers a question a line: options of `push_dataset`, or of `check_push`, or words of the script prepare_dataset.py.
 PUSHER = """
-import json, sys
-from drd_hf.errors import UserError
+import contextlib, io, json, runpy, sys
+from dataclasses import replace
 from drd_hf import hub
+from drd_hf.data.scenes import SCENES
+from drd_hf.errors import UserError
 hub.PAUSE = 0.05
+
+def check(facts, **options):
+    hub.check_push(replace(SCENES, **facts), **options)
+
+def script(words):
+    sys.argv = ["prepare_dataset.py", *words]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.orig_argv[-1], run_name="__main__")
+        except SystemExit as end:
+            return {"error": err.getvalue().splitlines()[-1], "status": end.code}  # below the progress bars
+    return {"said": out.getvalue()}
+
 for line in sys.stdin:
+    question, options = json.loads(line)
     try:
-        answer = {"url": hub.push_dataset(**json.loads(line))}
+        answer = {"said": {"push": hub.push_dataset, "check": check, "script": script}[question](**options)}
     except UserError as error:
         answer = {"error": str(error)}
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(answer["said"] if question == "script" else answer), flush=True)
 """
 # Reads what its arguments name, and says for every split its length and the sums of its first tile.
 READER = """
@@ -94,7 +113,7 @@ class Pusher:
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PUSHER],
+                [sys.executable, "-c", PUSHER, str(SCRIPT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -102,19 +121,38 @@ class Pusher:
                 env=client_environment(server, folder / "home", TOKEN),
             )
 
-    def ask(self, folder: Path, repo_id: str, **options) -> dict[str, str]:
-        print(json.dumps({"folder": str(folder), "repo_id": repo_id} | options), file=self.process.stdin, flush=True)
+    def ask(self, question: str, **options) -> dict[str, str]:
+        print(json.dumps([question, options]), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, self.log.read_text()[-3000:]
         return json.loads(answer)
 
     def push(self, folder: Path, repo_id: str, **options) -> str:
-        answer = self.ask(folder, repo_id, **options)
-        assert "url" in answer, answer
-        return answer["url"]
+        answer = self.ask("push", folder=str(folder), repo_id=repo_id, **options)
+        assert "said" in answer, answer
+        return answer["said"]
 
     def refusal(self, folder: Path, repo_id: str, **options) -> str:
-        answer = self.ask(folder, repo_id, **options)
+        return self._refused(self.ask("push", folder=str(folder), repo_id=repo_id, **options))
+
+    def check(self, repo_id: str, facts: dict | None = None, **options) -> None:
+        answer = self.ask("check", facts=facts or {}, repo_id=repo_id, **options)
+        assert answer == {"said": None}
+
+    def checked_refusal(self, repo_id: str, facts: dict | None = None, **options) -> str:
+        return self._refused(self.ask("check", facts=facts or {}, repo_id=repo_id, **options))
+
+    def script(self, *words) -> str:
+        answer = self.ask("script", words=[str(word) for word in words])
+        assert "said" in answer, answer
+        return answer["said"]
+
+    def script_refusal(self, *words) -> str:
+        answer = self.ask("script", words=[str(word) for word in words])
+        assert answer.get("status") == 2, answer
+        return self._refused(answer)
+
+    def _refused(self, answer: dict[str, str]) -> str:
         assert "error" in answer, answer
         assert len(answer["error"].splitlines()) == 1
         assert TOKEN not in answer["error"]
@@ -268,8 +306,92 @@ def test_restricted_pixels_do_not_go_into_a_public_repository_that_exists(hub, p
 
     message = pusher.refusal(restricted, "org/open", i_have_the_right=True)
 
-    assert message.startswith("org/open: the repository is public, not private")
+    assert message.startswith("org/open: the repository is public, and the push is to be private")
+    assert "or ask for a public push (--public, in Python private=False)" in message
     assert len(hub.repos["datasets/org/open"].commits) == 2
+
+
+def test_check_refuses_what_the_push_would_refuse_and_makes_nothing(hub, pusher, scenes):  # noqa: F811
+    # A conversion took hours, and its push ended in a refusal that could have been known before.
+    pusher.push(scenes, "org/mine")
+    repos, sent_before = dict(hub.repos), len(hub.requests)
+    kept, right = {"may_be_shared": False, "terms": TERMS}, {"i_have_the_right": True}
+
+    assert pusher.checked_refusal("nobody").startswith("'nobody' does not say whose repository it is")
+    assert pusher.checked_refusal("org/new", token="a b").startswith("org/new: the token holds spaces")
+    assert TERMS.rstrip(".") in pusher.checked_refusal("org/new", kept)
+    assert len(hub.requests) == sent_before
+
+    unknown = "hf_" + "unknown" * 5
+    assert pusher.checked_refusal("org/new", token=unknown).startswith("org/new: the Hub does not know the token")
+    assert pusher.checked_refusal("org/new", token=READ_TOKEN).startswith("org/new: the token may only read")
+    assert pusher.checked_refusal("stranger/new").startswith("stranger/new: the token may not make it")
+    assert pusher.checked_refusal("org/mine", kept, **right).startswith("org/mine: the repository is public")
+    assert pusher.checked_refusal("org/mine", private=True).startswith("org/mine: the repository is public")
+    assert pusher.checked_refusal("org/mine", {"name": "other"}).startswith("org/mine: holds something else")
+
+    pusher.check("org/mine")
+    pusher.check("org/mine", {"name": "other"}, overwrite=True)
+    pusher.check("org/new")
+    pusher.check("Org/new")  # names of owners do not differ by case
+    pusher.check("tester/new", kept, private=False, **right)
+    assert hub.repos == repos
+    assert {request.method for request in hub.requests[sent_before:]} <= {"GET", "HEAD"}
+
+
+def test_check_asks_again_after_a_failure_that_passes(hub, pusher):  # noqa: F811
+    hub.fail("GET", "whoami", 503, times=2)
+    pusher.check("org/new")
+    assert all(failure.times == 0 for failure in hub.failures)
+
+
+SCENE_OPTIONS = (
+    "--dataset scenes --tile_size 64 --scene_size 64 --scenes_train 1 --scenes_validation 1 --scenes_test 0"
+)
+
+
+def test_script_asks_the_hub_before_it_prepares(hub, pusher, dataset, tmp_path):  # noqa: F811
+    change_card(dataset, name="another")
+    pusher.push(dataset, "org/script-taken")
+    command = [*SCENE_OPTIONS.split(), "--output", tmp_path / "out", "--push_to_hub"]
+
+    assert "org/script-taken: holds something else" in pusher.script_refusal(*command, "org/script-taken")
+    assert "stranger/new: the token may not" in pusher.script_refusal(*command, "stranger/new")
+    assert not (tmp_path / "out").exists()
+
+    assert "uploaded to" in pusher.script(*command, "org/script-taken", "--overwrite")
+    assert without_attributes(hub.repos["datasets/org/script-taken"].files) == contents(tmp_path / "out")
+
+
+def test_script_uploads_what_is_prepared_without_preparing_it_again(hub, pusher, tmp_path):  # noqa: F811
+    # After a push that failed, the same command said that the output exists, and only a whole new conversion helped.
+    output = tmp_path / "out"
+    command = [*SCENE_OPTIONS.split(), "--seed", 7, "--output", output, "--push_to_hub", "org/script-later"]
+    hub.fail("POST", "org/script-later/commit/", 413)
+
+    message = pusher.script_refusal(*command)
+    assert message.endswith(
+        f"; the dataset is complete in {output}, --push_only uploads it without preparing it again"
+    )
+    assert len(hub.repos["datasets/org/script-later"].commits) == 1
+    prepared = contents(output)
+
+    message = pusher.script_refusal(*command)
+    assert f"{output}: exists already" in message and "--push_only" in message
+
+    said = pusher.script("--push_only", "--output", output, "--push_to_hub", "org/script-later")
+    assert said == f"uploaded to {hub.endpoint}/datasets/org/script-later\n"
+    assert without_attributes(hub.repos["datasets/org/script-later"].files) == prepared == contents(output)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--push_only"], "--push_only needs --push_to_hub"),
+    ([], "give --dataset, one of potsdam, "),
+    (["--push_only", "--push_to_hub", "org/none"], "there is no such folder"),
+])  # fmt: skip
+def test_script_says_what_an_upload_alone_needs(pusher, tmp_path, words, expected):
+    message = pusher.script_refusal("--output", tmp_path / "none", *words)
+    assert message.startswith("error: ") and expected in message
 
 
 def test_new_version_leaves_no_shard_of_the_old_one_in_its_single_commit(hub, pusher, dataset, scenes):  # noqa: F811

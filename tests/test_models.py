@@ -518,6 +518,21 @@ def test_a_pretrained_normalisation_is_kept_for_the_bands_it_was_made_for(tmp_pa
     assert load_image_processor(str(tmp_path), bands=FIVE[:3], info=info).image_mean == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"image_std": [0.5, 0.0, 0.5]}, r"image_std \[0.5, 0.0, 0.5\]: give numbers above 0"),
+        ({"image_std": [0.5, 0.5, -1]}, "image_std .*: give numbers above 0"),
+        ({"image_std": [0.5, 0.5, float("nan")]}, "image_std .*: give numbers above 0"),
+        ({"image_mean": [float("inf"), 0, 0]}, "image_mean .*: give finite numbers"),
+    ],
+)
+def test_normalisation_that_gives_no_numbers_is_refused(architecture, statistics, message):
+    # A deviation of 0 ended in a traceback of torchvision, a mean that is no number in a loss that is none.
+    with pytest.raises(UserError, match=message):
+        load_image_processor(str(architecture), **statistics)
+
+
 def test_bands_without_statistics_are_refused(tmp_path, architecture):
     with pytest.raises(UserError, match="no band_mean of the bands .*height is known: give image_mean"):
         load_image_processor(architecture, bands=FIVE, info=info_of(FIVE))

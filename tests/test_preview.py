@@ -2,10 +2,12 @@ import re
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from drd_hf.data import load_splits, prepare_dataset
 from drd_hf.data.preview import preview_tiles, spread_over_sources
+from drd_hf.data.transforms import undecoded
 from drd_hf.errors import UserError
 
 from .test_multiband import FACTS, Blocks, BlocksReader, prepare_blocks, run
@@ -86,7 +88,44 @@ def test_the_script_draws_labelled_and_unlabelled_tiles(tmp_path, capsys):
     assert "4 tiles of test" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--output", "sheet.jpg"], ["--output", "a.png", "--cell_size", "3"]])
+def test_a_dataset_of_the_eroded_reference_alone_is_shown_as_such(tmp_path, capsys):
+    # It was called full, and could not be shown as eroded.
+    note = "Labels are the reference with eroded boundaries: pixels near object borders are 255."
+    prepare_dataset({"train": [Blocks("a", 0)]}, BlocksReader(), FACTS, tmp_path / "tiles", tile_size=64, notes=[note])
+    for words in ([], ["--reference", "eroded"]):
+        run("preview_dataset.py", "--dataset", tmp_path / "tiles", "--output", tmp_path / "sheet.png", *words)
+    with pytest.raises(SystemExit):
+        run(
+            "preview_dataset.py",
+            "--dataset",
+            tmp_path / "tiles",
+            "--output",
+            tmp_path / "a.png",
+            "--reference",
+            "full",
+        )
+    assert "has no full reference, only the eroded one" in capsys.readouterr().err
+
+
+def test_a_damaged_tile_is_named(folder):
+    # Pillow's error was a traceback that named no tile.
+    splits = load_splits(folder)
+    rows = [row | {"image": {"bytes": b"cut", "path": None}} for row in undecoded(splits["train"])]
+    splits["train"] = Dataset.from_list(rows, features=splits["train"].features)
+    with pytest.raises(UserError, match=r"^train0 \(0, 0\): the image of a tile is damaged"):
+        preview_tiles(splits, "train")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--output", "sheet.jpg"],
+        ["--output", "a.png", "--cell_size", "3"],
+        ["--output", "a.png", "--seed", "-1"],
+        ["--output", "a.png", "--reference", "both"],
+        ["--output", "/proc/none/a.png"],
+    ],
+)
 def test_the_script_refuses_what_it_cannot_write(folder, words, capsys):
     with pytest.raises(SystemExit) as end:
         run("preview_dataset.py", "--dataset", folder, *words)

@@ -89,6 +89,13 @@ def test_sizes_and_batches_below_one_are_refused(options, message):
         profile_models({"student": tiny_model("segformer")}, **options)
 
 
+def test_a_size_that_a_model_does_not_take_is_named():
+    # The error of a convolution came as a traceback that names no size.
+    with pytest.raises(UserError, match=r"SegformerFor\w+ does not run on tiles of 1x1 pixels \(") as refused:
+        profile_models({"student": tiny_model("segformer")}, [64, 1], device="cpu", rounds=1, memory=False)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_script_prints_ratios_and_writes_the_rows(tmp_path):
     for name, width in (("student", 1), ("teacher", 2)):
         tiny_model("mobilenet_v2", width).save_pretrained(tmp_path / name)

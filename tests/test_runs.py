@@ -1,6 +1,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from safetensors.torch import save_file
 from drd_hf.arguments import parse_arguments
 from drd_hf.errors import UserError
 from drd_hf.evaluation import finite_json
-from drd_hf.runs import DataArguments, changed_settings, check_output_dir, command_line
+from drd_hf.models import load_student
+from drd_hf.runs import DataArguments, changed_settings, check_output_dir, check_sizes, command_line
 from drd_hf.trainer import DistillationConfig, SegmentationConfig
+
+from .conftest import LABELS, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -120,3 +124,24 @@ def test_every_config_has_only_known_options(path):
     )
     values = yaml.safe_load(path.read_text())
     assert (data.dataset, args.max_steps) == (values["dataset"], values["max_steps"])
+
+
+def test_models_of_one_image_size_are_refused_before_the_training(tmp_path):
+    # They trained on crops of their size to the end, and failed when they were scored on the tiles.
+    info, data = SimpleNamespace(tile_size=128, id2label=LABELS), DataArguments(crop_size=64)
+    fixed, free = tiny_model("beit"), tiny_model("segformer")
+    fixed.save_pretrained(tmp_path)
+    fixed = load_student(str(tmp_path))
+    states = torch.get_rng_state(), free.training
+    check_sizes(info, data, free, student_alone=free)
+    assert torch.equal(torch.get_rng_state(), states[0]) and free.training == states[1]
+    with pytest.raises(UserError, match="the student meets tiles of 128: .* takes images of 64x64 pixels only"):
+        check_sizes(info, data, fixed)
+    with pytest.raises(UserError, match="the student alone meets tiles of 128: "):
+        check_sizes(info, data, free, student_alone=fixed)
+    with pytest.raises(UserError, match="the teacher meets tiles of 128: "):
+        check_sizes(info, data, free, fixed)
+    fixed.config.id2label = {0: "other"}  # a teacher of other classes is not scored, and sees crops alone
+    check_sizes(info, data, free, fixed)
+    with pytest.raises(UserError, match="the student meets crops of 1: SegformerFor"):
+        check_sizes(info, DataArguments(crop_size=1), free)

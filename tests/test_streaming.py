@@ -4,6 +4,7 @@ import collections
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from drd_hf.data.prepare import prepare_dataset
 from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.data.splits import load_splits
 from drd_hf.data.streaming import StreamedTiles, runs, shuffled, span_of_worker, tiles_of_files
-from drd_hf.data.transforms import EvalTransform, TrainTransform
+from drd_hf.data.transforms import EvalTransform, SegmentationCollator, TrainTransform
 from drd_hf.errors import UserError
 from drd_hf.evaluation import evaluate_model
 from drd_hf.runs import DataArguments, train_and_validation
@@ -272,6 +273,39 @@ def test_other_workers_are_refused_when_a_stream_is_resumed(tmp_path, folder):
         stream_trainer(tmp_path, folder, workers=1, **options).train(str(tmp_path / "checkpoint-1"))
 
 
+def test_other_tiles_are_refused_when_a_run_is_resumed(tmp_path, folder):
+    # Only options of the trainer were compared: a run went on with another dataset, other bands or other crops, and the
+    # card named the last ones for all of it.
+    def trainer(data=None, bands=("red", "green", "blue"), mean=0.5):
+        made = stream_trainer(tmp_path, folder, max_steps=1, save_strategy="steps", save_steps=1)
+        made.train_dataset = data or streamed(folder, TrainTransform(32), shuffle_buffer=6)
+        made.data_collator = SegmentationCollator(SegformerImageProcessor(image_mean=[mean] * 3))
+        made.model.config.bands = list(bands)
+        return made
+
+    trainer().train()
+    checkpoint = tmp_path / "checkpoint-1"
+    trainer().require_same_settings(checkpoint)
+    fewer = write_tiles(tmp_path / "fewer", files=(5, 3, 7))
+    stored = load_dataset(str(folder), split="train").with_transform(TrainTransform(32))
+    for name, other in {
+        "shuffle_buffer": {"data": streamed(folder, TrainTransform(32), shuffle_buffer=4)},
+        "crop_size": {"data": streamed(folder, TrainTransform(16), shuffle_buffer=6)},
+        "scale": {"data": streamed(folder, TrainTransform(32, scale=(1, 2)), shuffle_buffer=6)},
+        "photometric": {"data": streamed(folder, TrainTransform(32, photometric=False), shuffle_buffer=6)},
+        "number of tiles": {"data": streamed(fewer, TrainTransform(32), shuffle_buffer=6)},
+        "streaming": {"data": stored},
+        "bands": {"bands": ("near_infrared", "red", "green")},
+        "normalization": {"mean": 0.4},
+    }.items():
+        with pytest.raises(UserError, match=f"trained with {name}="):
+            trainer(**other).require_same_settings(checkpoint)
+    assert trainer(stored)._settings().items() >= TrainTransform(32).settings.items()
+    (checkpoint / "run_settings.json").unlink()  # as older checkpoints have none
+    with pytest.raises(UserError, match="it reads the bands red, green, blue, the model near_infrared, red, green"):
+        trainer(bands=("near_infrared", "red", "green")).train(str(checkpoint))
+
+
 RANKS = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
@@ -366,6 +400,15 @@ def test_streamed_and_stored_splits_are_scored_alike(tmp_path, prepared):
     scores = [trainer.evaluate() for trainer in trainers]
     assert scores[0]["eval_mean_iou"] == scores[1]["eval_mean_iou"]
     assert len(trainers[0].train_dataset) == len(trainers[1].train_dataset) == 16
+
+
+def test_a_split_without_labels_is_refused_before_the_training(prepared):
+    # The test split of Cityscapes has no labels: after all steps its scores were NaN.
+    splits = load_splits(prepared)
+    shares = splits.info.pixel_shares | {"validation": dict.fromkeys(LABELS.values(), 0.0)}
+    splits.info = replace(splits.info, pixel_shares=shares)
+    with pytest.raises(UserError, match="validation has no labels to be scored on, leave it out of --evaluate_on"):
+        train_and_validation(splits, options_of(prepared))
 
 
 def test_student_is_distilled_from_a_stream_with_unlabelled_tiles(tmp_path, prepared):

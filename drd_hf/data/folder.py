@@ -3,7 +3,7 @@
 import colorsys
 import glob
 import re
-import warnings
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,7 +147,8 @@ def find_pairs(layout: FolderLayout, source: str | Path) -> dict[str, list[Folde
     if lost := sorted(images[key] for key in images.keys() - masks.keys()):
         raise UserError(f"{source}: no mask {layout.masks!r} for {_first(lost)}; add the masks or remove the images")
     if spare := sorted(masks[key] for key in masks.keys() - images.keys()):
-        warnings.warn(f"{source}: no image {layout.images!r} for the masks of {_first(spare)}; not used", stacklevel=2)
+        text = f"{source}: no image {layout.images!r} for the masks of {_first(spare)}; not used"
+        print(text, file=sys.stderr)
 
     for image in images.values():
         try:

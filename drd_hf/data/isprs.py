@@ -308,7 +308,7 @@ def _tile(name: str, known: Sequence[str]) -> str:
 
 
 def _shows(facts: IsprsFacts, file: SourceFile) -> str | None:
-    """ "image" or "label" by the nearest folder or zip whose name says one of them; None where no name does."""
+    """What the nearest folder or zip whose name says so holds: "image" or "label"; None where no name says it."""
     for folder in PurePosixPath(file.path.lower()).parents:
         words = set(re.split(r"[\W_]+", folder.name))
         if bool(words & facts.image_words) != bool(words & facts.label_words):

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from drd_hf.data.splits import SegmentationSplits
+from drd_hf.data.transforms import decode, undecoded
 from drd_hf.errors import UserError
 
 
@@ -49,7 +51,7 @@ def preview_tiles(
         label: column of the reference, `label` or `label_eroded`.
 
     Raises:
-        UserError: no such split, band or reference, or no tile.
+        UserError: no such split, band or reference, no tile, or a damaged one.
     """
     info = splits.info
     if split not in splits:
@@ -62,18 +64,17 @@ def preview_tiles(
         raise UserError(f"bands {' '.join(shown)}: name one or three of {', '.join(info.bands)}")
     if label == "label_eroded" and not info.has_eroded:
         raise UserError(f"{info.name} has no eroded reference: prepare it with both, or show the full one")
-    dataset = splits[split]
+    dataset = undecoded(splits[split])
     tiles = []
     for index in spread_over_sources(dataset["source"][:], count, seed):
         tile = dataset[index]
-        planes = np.dstack([np.asarray(plane) for plane in (tile["image"], *(tile.get("extra_bands") or ()))])
-        image = planes[..., [info.bands.index(name) for name in shown]]
-        reference = tile.get(label)
-        tiles.append(
-            PreviewTile(
-                image=image if image.shape[2] == 3 else np.repeat(image, 3, axis=2),
-                label=None if reference is None else np.asarray(reference),
-                caption=f"{tile['source']} ({tile['row']}, {tile['column']})",
-            )
-        )
+        caption = f"{tile['source']} ({tile['row']}, {tile['column']})"
+        try:
+            planes = torch.cat([decode(plane) for plane in (tile["image"], *(tile.get("extra_bands") or ()))])
+            reference = None if tile.get(label) is None else decode(tile[label])[0].numpy()
+        except UserError as error:
+            raise UserError(f"{caption}: {error}") from error
+        image = planes[[info.bands.index(name) for name in shown]].permute(1, 2, 0).numpy()
+        image = image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
+        tiles.append(PreviewTile(image=image, label=reference, caption=caption))
     return tiles

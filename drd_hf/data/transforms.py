@@ -329,10 +329,18 @@ def _select(images: torch.Tensor, channels: list[int] | None, option: str) -> to
 
 def undecoded(dataset):
     """A split whose images reach the transforms as compressed bytes, which they decode in half the time."""
-    for name in ("image", "extra_bands", "label", "label_eroded"):
-        if name in (dataset.features or ()):
-            encoded = datasets.Image(decode=False)
-            dataset = dataset.cast_column(name, datasets.List(encoded) if name == "extra_bands" else encoded)
+    encoded, columns = datasets.Image(decode=False), dataset.features or ()
+    if "image" not in columns:
+        return dataset
+    dataset = dataset.cast_column("image", encoded)
+    if "extra_bands" in columns:
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = dataset.cast_column("extra_bands", datasets.List(encoded))
+        else:  # cast_column, for a list, would write the whole split to the disk anew
+            dataset.info.features["extra_bands"] = datasets.List(encoded)
+    for name in ("label", "label_eroded"):
+        if name in columns:
+            dataset = dataset.cast_column(name, encoded)
     return dataset
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-import datasets
 import numpy as np
 from datasets import IterableDataset
 
@@ -61,8 +60,6 @@ def joined_sources(
     bands = ["image", "extra_bands"] if "extra_bands" in features else ["image"]
     dataset = dataset.with_format(None).select_columns([*bands, *columns, "source", "row", "column"])
     dataset = undecoded(dataset)
-    if len(bands) > 1:
-        dataset = dataset.cast_column("extra_bands", datasets.List(datasets.Image(decode=False)))
     own_only = not isinstance(dataset, IterableDataset) and world_size > 1
     if own_only:  # a stream is read by all ranks
         of_tiles = dataset["source"][:]

@@ -1,6 +1,8 @@
 import colorsys
 import io
+import math
 import pickle
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import MobileNetV2ImageProcessor, MobileViTImageProcessor, SegformerImageProcessor
@@ -189,6 +192,8 @@ def test_torch_seed_alone_decides_and_workers_can_have_a_copy():
         ({"crop_size": 0}, "crop_size is 0"),
         ({"crop_size": 8, "scale": (2, 1)}, "scale is"),
         ({"crop_size": 8, "scale": (0, 1)}, "scale is"),
+        ({"crop_size": 8, "scale": (1, math.inf)}, "scale is"),
+        ({"crop_size": 8, "scale": (1, math.nan)}, "scale is"),
         ({"crop_size": 8, "max_class_share": 0}, "max_class_share is 0"),
     ],
 )
@@ -503,3 +508,67 @@ def test_photometric_jitter_leaves_channels_behind_the_third_alone():
     before = torch.from_numpy(image).permute(2, 0, 1)
     assert all(new.shape == (4, 64, 64) and (new[3] == before[3]).all() for new in out["image"])
     assert 0 < sum((new[:3] != before[:3]).any().item() for new in out["image"]) < 20
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_photometric_jitter_of_one_or_two_channels_is_of_their_brightness_and_contrast(channels):
+    # Hue and saturation were asked of images that have no colours, which ended in a traceback.
+    image = np.random.default_rng(0).integers(60, 190, (64, 64, channels)).astype(np.uint8)
+    label = np.zeros((64, 64), np.uint8)
+    torch.manual_seed(0)
+    out = TrainTransform(64, (1, 1), **PLAIN | {"photometric": True})({"image": [image] * 20, "label": [label] * 20})
+    before = torch.from_numpy(image).permute(2, 0, 1).float()
+    changed = [new.float() for new in out["image"] if (new != before).any()]
+    assert 0 < len(changed) < 20
+    for new in changed:  # each channel is a linear function of what it was, but for rounding
+        for x, y in zip(before.flatten(1), new.flatten(1), strict=True):
+            inside = (y > 0) & (y < 255)
+            slope, offset = np.polyfit(x[inside], y[inside], 1)
+            assert (slope * x + offset - y)[inside].abs().max() < 2.5
+
+
+def test_a_large_magnification_shows_one_pixel():
+    # A window of 0 pixels was cut, and resizing it ended in a traceback.
+    image, label = blobs()
+    out = TrainTransform(8, (1e6, 1e6), **PLAIN)({"image": [image], "label": [label]})
+    assert out["image"][0].flatten(1).unique(dim=1).shape[1] == 1 and out["labels"][0].unique().numel() == 1
+
+
+def damaged(number=1):
+    """A dataset with two bands more; the last one of tile `number` is cut short."""
+    band = file_of(np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8))
+    image = file_of(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    extra = [[band, band[: len(band) // 2] if i == number else band] for i in range(3)]
+    columns = {
+        "image": [{"bytes": image, "path": None}] * 3,
+        "extra_bands": [[{"bytes": content, "path": None} for content in pair] for pair in extra],
+        "label": [{"bytes": band, "path": None}] * 3,
+        "source": ["area 5"] * 3,
+        "row": [0, 32, 64],
+        "column": [0] * 3,
+    }
+    features = {"image": datasets.Image(), "extra_bands": datasets.List(datasets.Image()), "label": datasets.Image()}
+    features |= {"source": datasets.Value("string")} | dict.fromkeys(("row", "column"), datasets.Value("int32"))
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_damaged_extra_band_is_an_error_that_names_the_tile(streamed):
+    # Extra bands were decoded by datasets: slowly, and with a traceback where one was cut short.
+    dataset = damaged()
+    tiles = undecoded(dataset.to_iterable_dataset() if streamed else dataset)
+    rows = list(tiles)
+    assert all(set(band) == {"bytes", "path"} for row in rows for band in row["extra_bands"])
+    assert not isinstance(dataset[0]["extra_bands"][0], dict)  # the one that was given stays as it was
+    transform = EvalTransform()
+    assert transform({name: [value] for name, value in rows[0].items()})["image"][0].shape == (5, 16, 16)
+    with pytest.raises(UserError, match=r"^area 5 \(row 32, column 0\): the image of a tile is damaged"):
+        transform({name: [value] for name, value in rows[1].items()})
+
+
+def test_errors_of_loader_workers_stay_one_line():
+    # torch raises them anew with the worker's whole traceback as the message, and that was what the user got.
+    loader = DataLoader(undecoded(damaged(0)).with_transform(EvalTransform()), num_workers=1, collate_fn=list)
+    with pytest.raises(UserError) as refused:
+        next(iter(loader))
+    assert re.fullmatch(r"area 5 \(row 0, column 0\): the image of a tile is damaged .*again", str(refused.value))
