@@ -159,8 +159,8 @@ class TrainTransform:
     ):
         if crop_size < 1:
             raise UserError(f"crop_size is {crop_size}; give a positive number of pixels")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-            raise UserError(f"scale is {scale}; give two positive numbers, the smaller one first")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= torch.finfo(torch.float32).max:
+            raise UserError(f"scale is {scale}; give two positive finite numbers, the smaller one first")
         if not 0 < max_class_share <= 1:
             raise UserError(f"max_class_share is {max_class_share}; give a share above 0 and at most 1")
         self.settings = {

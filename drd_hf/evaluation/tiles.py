@@ -159,7 +159,8 @@ def require_size(model: PreTrainedModel, size: int) -> None:
     training = model.training
     tile = torch.zeros(1, input_channels(model), size, size, device=model.device, dtype=model.dtype)
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        # Not inference mode: models that cache tensors (BEiT) could not be trained with them.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(pixel_values=tile)
     except (RuntimeError, ValueError) as error:
         raise _refusal(model, size, error) from error

@@ -193,6 +193,7 @@ def test_torch_seed_alone_decides_and_workers_can_have_a_copy():
         ({"crop_size": 8, "scale": (2, 1)}, "scale is"),
         ({"crop_size": 8, "scale": (0, 1)}, "scale is"),
         ({"crop_size": 8, "scale": (1, math.inf)}, "scale is"),
+        ({"crop_size": 8, "scale": (1, 1e39)}, "scale is"),
         ({"crop_size": 8, "scale": (1, math.nan)}, "scale is"),
         ({"crop_size": 8, "max_class_share": 0}, "max_class_share is 0"),
     ],
