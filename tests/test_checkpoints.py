@@ -409,7 +409,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
         return step(*args, **kwargs)
 
     trainer.training_step = interrupt
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in what a shell starts in the background
     try:
         with pytest.raises(SystemExit) as stopped:
             train_run(trainer, None)

@@ -30,7 +30,10 @@ def test_importing_the_package_does_not_import_torch():
 
 def test_every_import_of_the_package_is_a_declared_dependency():
     settings = (ROOT / "setup.cfg").read_text()
-    blocks = [re.search(rf"^{key} =\n((?:    .+\n)+)", settings, re.M).group(1) for key in ("install_requires", "onnx", "vector")]
+    blocks = [
+        re.search(rf"^{key} =\n((?:    .+\n)+)", settings, re.M).group(1)
+        for key in ("install_requires", "onnx", "vector")
+    ]
     declared = {re.split(r"[<>=]", line.strip())[0].lower().replace("-", "_") for line in "".join(blocks).splitlines()}
     names = {"pyyaml": "yaml", "pillow": "PIL"}
     allowed = {names.get(name, name) for name in declared} | set(sys.stdlib_module_names) | {"drd_hf"}
