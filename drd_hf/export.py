@@ -27,6 +27,7 @@ from drd_hf import __version__
 from drd_hf.data.transforms import normalization_of, normalize
 from drd_hf.errors import UserError
 from drd_hf.evaluation import evaluate_model, milliseconds_per_tile
+from drd_hf.evaluation.report import output_errors
 from drd_hf.features import input_channels
 from drd_hf.models import bands_of, count_parameters, load_image_processor, load_teacher
 
@@ -84,7 +85,8 @@ class OnnxSegmenter:
 
     def __init__(self, path: str | Path, providers: Sequence[str] | None = None):
         ort = _onnxruntime()
-        if not Path(path).is_file():
+        self.path = Path(path)
+        if not self.path.is_file():
             raise UserError(f"{path}: no such ONNX file")
         providers = list(providers or ["CPUExecutionProvider"])
         unknown = [name for name in providers if name not in ort.get_available_providers()]
@@ -220,7 +222,7 @@ def export_onnx(
                 }
                 _write_metadata(temporary, facts)
                 difference, agreement = _compare(model, OnnxSegmenter(temporary), images, sizes, normalization)
-            except UserError:
+            except (UserError, OSError):
                 raise
             except Exception as error:  # of the exporter, of onnxruntime, or of the model at an odd size: any class
                 first_error = first_error or error
@@ -439,10 +441,12 @@ def _temporary(output: Path) -> Iterator[Path]:
     """A name in the folder of `output` that takes its place when the block ends well, and vanishes when not."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, output)
+        with output_errors(output):
+            yield temporary
+            os.replace(temporary, output)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ model's logits; its metadata hold the classes, the bands and the normalisation. 
 measures what it costs in mean IoU and gains in time. What was measured is printed and written to student.json.
 """
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from drd_hf import load_image_processor, load_splits, load_teacher
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.data import EvalTransform
 from drd_hf.errors import UserError, run_script
-from drd_hf.evaluation import check_labels, finite_json
+from drd_hf.evaluation import check_labels
+from drd_hf.evaluation.report import write_scores
 from drd_hf.export import export_onnx, measure_int8, quantize_onnx
 from drd_hf.models import find_channels
 
@@ -128,9 +127,7 @@ def main() -> None:
         )
         faster = f"{ms / ms8:.2f} times as fast" if ms8 < ms else "int8 is no faster on this CPU"
         print(f"{ms8:.1f} ms for a tile instead of {ms:.1f} ms with {measured['threads']} threads: {faster}")
-    temporary = output.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(finite_json(facts), indent=1) + "\n")
-    os.replace(temporary, output.with_suffix(".json"))
+    write_scores(output.with_suffix(".json"), facts)
 
 
 if __name__ == "__main__":

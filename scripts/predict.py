@@ -23,8 +23,9 @@ from drd_hf.data.splits import read_info
 from drd_hf.errors import UserError, run_script
 from drd_hf.evaluation.tiles import check_labels, usable_device
 from drd_hf.export import load_segmenter
-from drd_hf.inference import model_fingerprint, predict_raster, source_facts
-from drd_hf.inference.files import find_images, name_outputs, share_out
+from drd_hf.features import input_channels
+from drd_hf.inference import model_fingerprint, predict_raster, source_facts, window_grid
+from drd_hf.inference.files import check_outputs, find_images, name_outputs, share_out
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,9 +54,14 @@ def main() -> None:
     args = parse()
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size}: give at least 1")
+    window_grid(1, 1, args.tile, args.overlap)  # refuses what would be wrong for every input
     cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(days=30))  # the others may wait for one that has much to do
     model, processor = load(args, state.device)
+    if args.bands and (len(args.bands) != input_channels(model) or min(args.bands) < 1):
+        raise UserError(
+            f"--bands {' '.join(map(str, args.bands))}: give {input_channels(model)} numbers from 1, which the model reads"
+        )
     colors = None
     if args.dataset:
         info = read_info(args.dataset)
@@ -73,8 +79,18 @@ def main() -> None:
                 failures.append(source)
                 tqdm.write(f"error: {error}", file=sys.stderr)
 
+    def outputs_of(source: str) -> tuple[str, str | None, str | None]:
+        """Map, probabilities and polygons."""
+        name = args.output / names[source]
+        return (
+            f"{name}.tif" if facts[source].georeferenced else f"{name}.png",
+            f"{name}-probabilities.tif" if args.probabilities else None,
+            f"{name}.{args.vector}" if args.vector else None,
+        )
+
     def predict(source: str, shared_state: PartialState | None) -> bool:
         name = args.output / names[source]
+        destination, probabilities, vector = outputs_of(source)
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,13 +99,13 @@ def main() -> None:
             model,
             processor,
             source,
-            f"{name}.tif" if facts[source].georeferenced else f"{name}.png",
+            destination,
             args.tile,
             args.overlap,
             args.batch_size,
             args.bands,
-            f"{name}-probabilities.tif" if args.probabilities else None,
-            f"{name}.{args.vector}" if args.vector else None,
+            probabilities,
+            vector,
             colors,
             args.overwrite,
             progress=state.is_main_process,
@@ -101,6 +117,7 @@ def main() -> None:
     facts = {source: attempt(source_facts, source, report=state.is_main_process) for source in sources}
     readable = [source for source in sources if facts[source]]
     names = name_outputs(readable)
+    check_outputs({source: [Path(path) for path in outputs_of(source) if path] for source in readable})
     shared, alone = share_out([facts[source].height * facts[source].width for source in readable], state.num_processes)
     jobs = [(readable[i], state) for i in shared] + [(readable[i], None) for i in alone[state.process_index]]
     made = []

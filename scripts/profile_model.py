@@ -3,7 +3,6 @@
 python scripts/profile_model.py --model runs/student --teacher runs/teacher --sizes 256 512 1024
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from drd_hf import load_teacher
 from drd_hf.arguments import parse_arguments, require
 from drd_hf.errors import UserError, run_script
+from drd_hf.evaluation.report import write_scores
 from drd_hf.profiling import FLOPS_COUNTED, MEMORY_COUNTED, profile_models
 
 
@@ -31,6 +31,8 @@ def main() -> None:
     require(model=args.model)
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist")
+    if args.output and (Path(args.output).is_dir() or not os.access(Path(args.output).resolve().parent, os.W_OK)):
+        raise UserError(f"--output {args.output}: is a folder, or in one that cannot be written")
     models = {"model": load_teacher(args.model)}
     if args.teacher:
         models["teacher"] = load_teacher(args.teacher)
@@ -51,9 +53,7 @@ def main() -> None:
         print("ratio: the teacher's number, divided by the model's")
     if args.output:
         report = {"flops": FLOPS_COUNTED, "memory": MEMORY_COUNTED[kind], "rows": rows}
-        temporary = Path(f"{args.output}.tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(temporary, args.output)
+        write_scores(Path(args.output), report)
 
 
 COMPARED = ("parameters", "flops", "milliseconds", "images_per_second", "memory_bytes")

@@ -233,3 +233,12 @@ def test_the_benchmark_of_metrics_prints_a_table_and_writes_json(tmp_path):
 def resident() -> int:
     """Bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_ids_that_are_none_and_no_maps_are_said_as_such():
+    # "the classes are 0..255" was said of six classes, and no maps at all had the score NaN.
+    module = evaluate.load(EVALUATE_MODULE, num_labels=6)
+    with pytest.raises(UserError, match=r"references contain 0 to 300: ids are 0\.\.255"):
+        module.add_batch(predictions=[[[0, 1]]], references=[[[0, 300]]])
+    with pytest.raises(UserError, match="no maps were added"):
+        module.compute(predictions=[], references=[])

@@ -14,7 +14,7 @@ from transformers import AutoModelForSemanticSegmentation, SegformerImageProcess
 
 from drd_hf.data import ISPRS_CLASSES, POTSDAM, find_isprs, load_splits, prepare_dataset
 from drd_hf.errors import UserError
-from drd_hf.evaluation.report import check_output, staged_folder
+from drd_hf.evaluation.report import check_output, staged_folder, write_scores
 from drd_hf.inference import predict_image
 
 from .conftest import tiny_config
@@ -145,6 +145,7 @@ def test_two_processes_give_the_scores_and_pictures_of_one(project, monkeypatch)
         (["--overlap", "1"], "overlap=1"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--boundary_distance", "2.5"], "distance 2.5"),
+        (["--boundary_distance", "nan"], "distance nan"),
         (["--channels", "0", "1"], "reads 3 bands, --channels names 2"),
         (["--split", "tset"], "no split 'tset', only train, validation, test"),
         (["--output", "{p}/none/x"], "its folder does not exist"),
@@ -189,3 +190,20 @@ def test_an_interrupted_evaluation_leaves_the_earlier_one(tmp_path):
     with staged_folder(output) as folder:
         (folder / "scores.json").write_text("third")
     assert [path.name for path in output.iterdir()] == ["scores.json"] and list(tmp_path.iterdir()) == [output]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+    # A full or read-only disk ended in a traceback; here the names are too long for the file system.
+    name = "x" * 250
+    with pytest.raises(UserError, match="cannot be written"), staged_folder(tmp_path / name):
+        pass
+    with pytest.raises(UserError, match="cannot be written"):
+        write_scores(tmp_path / f"{name}.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.access("/proc", os.R_OK) or os.access("/proc", os.W_OK), reason="needs a read-only folder")
+def test_a_folder_that_is_not_for_writing_is_refused_before_the_evaluation():
+    for name in ("scores.json", "evaluation"):
+        with pytest.raises(UserError, match="its folder cannot be written"):
+            check_output(f"/proc/{name}", overwrite=False)

@@ -485,3 +485,14 @@ def test_a_dataset_prepared_with_eroded_labels_alone_is_not_called_full(tmp_path
     assert references_of(info) == {"eroded": "label"}
     with pytest.raises(UserError, match="has no full reference, only the eroded one"):
         references_of(info, "full")
+
+
+def test_answers_that_are_no_numbers_are_not_scored(splits):
+    # NaN counted as class 0: a model that overflowed got a score.
+    model, processor = tiny_model("segformer").eval(), SegformerImageProcessor(do_resize=False)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="the model answers with NaN or infinity"):
+        evaluate_model(model, processor, splits["test"], device="cpu")
+    with pytest.raises(UserError, match="square3: the model answers with NaN or infinity"):
+        evaluate_sources(model, processor, splits["test"], splits.info, device="cpu")

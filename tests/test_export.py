@@ -16,7 +16,7 @@ from transformers import MobileNetV2ImageProcessor, SegformerImageProcessor
 from drd_hf.data.transforms import normalization_of, normalize
 from drd_hf.errors import UserError
 from drd_hf.evaluation import evaluate_model, milliseconds_per_tile
-from drd_hf.inference import predict_image
+from drd_hf.inference import model_fingerprint, predict_image
 
 from .conftest import LABELS, tiny_model
 
@@ -314,3 +314,23 @@ def test_the_script_measures_what_int8_costs(tmp_path):
     assert measured["mean_iou"]["int8"] == pytest.approx(scores["student_int8.onnx"], abs=1e-6)
     assert measured["mean_iou_lost"] == pytest.approx(scores["student.onnx"] - scores["student_int8.onnx"], abs=1e-6)
     assert ("times as fast" in done.stdout) is (measured["milliseconds"]["int8"] < measured["milliseconds"]["float"])
+
+
+def test_an_output_that_cannot_be_written_is_one_line(exported, tmp_path):
+    # A full or read-only disk ended in a traceback; here the temporary name is too long for the file system.
+    output = tmp_path / f"{'x' * 245}.onnx"
+    with pytest.raises(UserError, match="cannot be written") as refused:
+        export_onnx(exported[0], PROCESSOR, output, size=32)
+    assert "\n" not in str(refused.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_knows_its_path_and_its_fingerprint_is_that_of_its_content(exported, tmp_path):
+    # The fingerprint read a private attribute of onnxruntime.
+    path, copy = exported[1], tmp_path / "copy.onnx"
+    copy.write_bytes(path.read_bytes())
+    first, second = OnnxSegmenter(path), OnnxSegmenter(str(copy))
+    assert first.path == path and second.path == copy
+    same = model_fingerprint(first, first.processor)
+    assert same == model_fingerprint(second, second.processor)
+    copy.write_bytes(path.read_bytes() + b"\0")
+    assert same != model_fingerprint(second, second.processor)

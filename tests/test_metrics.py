@@ -546,3 +546,10 @@ def test_memory_does_not_grow_with_the_number_of_images():
 def resident() -> int:
     """Bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("distance", [math.nan, math.inf, 0, -1, 2.5])
+def test_distances_that_are_none_are_refused(distance):
+    # Infinity and NaN ended in an OverflowError or a ValueError.
+    with pytest.raises(UserError, match="distance .*: give whole pixels"):
+        BoundaryIoU({0: "ground", 1: "building"}, distance)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -430,8 +432,9 @@ def test_polygons_cover_the_map_with_class_and_area(ending, tmp_path, monkeypatc
     target = tmp_path / f"polygons.{ending}"
     predict_raster(Brightest(), PROCESSOR, source, tmp_path / "map.tif", vector=target, progress=False)
     frame = geopandas.read_file(target)
+    scale = 0.9996**2  # of areas at the central meridian of UTM
     areas = frame.groupby("class")["area_m2"].sum()
-    assert areas["building"] == pytest.approx(9.0) and areas["ground"] == pytest.approx(70.0 - 9.0)
+    assert areas["building"] == pytest.approx(9.0 / scale) and areas["ground"] == pytest.approx((70.0 - 9.0) / scale)
     assert set(zip(frame["class_id"], frame["class"], strict=True)) == {(0, "ground"), (1, "building")}
     assert frame.crs.to_epsg() == (32633 if ending == "gpkg" else 4326)
     west, south, east, north = frame.to_crs(UTM["crs"]).total_bounds
@@ -445,13 +448,22 @@ def test_polygons_cover_the_map_with_class_and_area(ending, tmp_path, monkeypatc
 def test_areas_are_square_metres_on_the_ellipsoid_or_pixels(tmp_path):
     geopandas = pytest.importorskip("geopandas", reason="needs the extra `vector`")
     degrees = {"crs": "EPSG:4326", "transform": from_origin(10, 50, 1e-5, 1e-5)}
+    feet = {"crs": "EPSG:2263", "transform": from_origin(987000, 200000, 0.1, 0.1)}
+    # Areas in Web Mercator were its own, four times too large at 60 degrees north; there a degree is 55.80 km from west
+    # to east and 111.41 km from south to north, which the map shows as 111.32 and 222.64 km. Pixels of a raster with a
+    # transform alone were square units of it.
+    mercator = {"crs": "EPSG:3857", "transform": from_origin(1e6, 8399737.9, 1, 1)}
+    local = {"crs": 'LOCAL_CS["arena",UNIT["metre",1]]', "transform": from_origin(5, 5, 0.1, 0.1)}
     red = np.full((3, 50, 80), 9, np.uint8)
     red[0] = 200
     # At 50 degrees north a degree of WGS 84 is 111.23 km long from south to north, 71.70 km from west to east.
     for name, profile, column, area in (
         ("degrees", degrees, "area_m2", 50 * 80 * 1.1123 * 0.7170),
-        ("feet", {**UTM, "crs": "EPSG:2263"}, "area_m2", 50 * 80 * 0.01 * (1200 / 3937) ** 2),  # US survey feet
+        ("feet", feet, "area_m2", 50 * 80 * 0.01 * (1200 / 3937) ** 2),  # US survey feet, in New York
+        ("mercator", mercator, "area_m2", 50 * 80 * (55.80 / 111.32) * (111.41 / 222.64)),
+        ("local", local, "area_m2", 50 * 80 * 0.01),
         ("pixels", {}, "area_px", 50 * 80),
+        ("half pixels", {"transform": from_origin(7, 7, 0.5, 0.5)}, "area_px", 50 * 80),
     ):
         source, target = write(tmp_path / f"{name}.tif", red, **profile), tmp_path / f"{name}.gpkg"
         predict_raster(Brightest(), PROCESSOR, source, tmp_path / f"map-{name}.tif", vector=target, progress=False)
@@ -473,3 +485,109 @@ def test_classes_of_known_datasets_have_their_colours():
     assert class_colors(["road", "sky"]) == ((128, 64, 128), (70, 130, 180))  # Cityscapes
     others = class_colors([f"class {i}" for i in range(20)])
     assert len(set(others)) == 20
+
+
+class Waiting(Counting):
+    """A model that says at its first window that it has begun, and waits until it may go on."""
+
+    def __init__(self, model, begun, go_on):
+        super().__init__(model)
+        self.begun, self.go_on = begun, go_on
+
+    def forward(self, pixel_values):
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return super().forward(pixel_values)
+
+
+def test_a_raster_is_made_by_one_process_at_a_time(model, tmp_path):
+    # Two processes with one output removed each other's unfinished files: both failed, and nothing was left.
+    source, target = write(tmp_path / "source.tif", noise(64, 64), **UTM), tmp_path / "map.tif"
+    begun, go_on = threading.Event(), threading.Event()
+    arguments = {"processor": PROCESSOR, "source": source, "destination": target, "progress": False}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(predict_raster, Waiting(model, begun, go_on), fingerprint="same", **arguments)
+        try:
+            assert begun.wait(60)
+            with pytest.raises(UserError, match="map.tif: is being made by another process"):
+                predict_raster(model, fingerprint="same", **arguments)
+        finally:
+            go_on.set()
+        assert first.result()
+    assert not predict_raster(model, fingerprint="same", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "map.tif.aux.xml", "source.tif"]
+
+
+@pytest.mark.parametrize("ending", ["gpkg", "geojson"])
+def test_a_full_disk_while_polygons_are_written_is_an_error_and_leaves_none(ending, tmp_path):
+    # The errors of pyogrio are no OSErrors: a full disk ended in a traceback, and the inputs after it were not done.
+    resource = pytest.importorskip("resource", reason="needs limits of a process")
+    pytest.importorskip("geopandas", reason="needs the extra `vector`")
+    arguments = {"source": write(tmp_path / "source.tif", noise(200, 200), **UTM), "destination": tmp_path / "map.tif"}
+    arguments |= {"processor": PROCESSOR, "progress": False}
+    predict_raster(Brightest(), **arguments)
+    target = tmp_path / f"polygons.{ending}"
+    predict_raster(Brightest(), **arguments, vector=target)
+    size = target.stat().st_size
+    target.unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (size // 50, size // 2, size - 5000, size - 100):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            with pytest.raises(UserError, match=f"polygons.{ending}: cannot be written, is the disk full") as error:
+                predict_raster(Brightest(), **arguments, vector=target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(error.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "map.tif.aux.xml", "source.tif"]
+
+
+class WithoutNumbers(Counting):
+    """A model that overflows in the last of its windows."""
+
+    def __init__(self, model, windows, value):
+        super().__init__(model)
+        self.last, self.value = windows, value
+
+    def forward(self, pixel_values):
+        answer = super().forward(pixel_values)
+        if self.windows >= self.last:
+            answer.logits[-1, 0, 0, 0] = self.value
+        return answer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_no_numbers_are_refused(value, model, tmp_path):
+    # In half precision logits of some models overflow: the map was class 0 everywhere, without a word.
+    source = write(tmp_path / "source.tif", noise(100, 110), **UTM)
+    with pytest.raises(UserError, match="source.tif: the model answers with NaN or infinity.*float32"):
+        predict_raster(
+            WithoutNumbers(model, 9, value), PROCESSOR, source, tmp_path / "map.tif", tile=64, progress=False
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["source.tif"]
+
+
+@pytest.mark.parametrize("ending", ["gpkg", "geojson"])
+def test_polygons_belong_to_the_map_that_they_were_made_from(ending, model, tmp_path):
+    # Which was older told: in a copy of finished outputs polygons may be the older file, and all of it was refused.
+    pytest.importorskip("geopandas", reason="needs the extra `vector`")
+    source, target = write(tmp_path / "source.tif", noise(64, 64), **UTM), tmp_path / "map.tif"
+    vector = tmp_path / f"map.{ending}"
+
+    def run(**options):
+        return predict_raster(model, PROCESSOR, source, target, vector=vector, progress=False, **options)
+
+    assert run()
+    os.utime(vector, ns=(1, 1))
+    assert not run()
+    assert predict_raster(model, PROCESSOR, source, target, overlap=0.5, overwrite=True, progress=False)
+    with pytest.raises(UserError, match=f"map.{ending}: was not made from the map"):
+        run(overlap=0.5)
+    assert run(overlap=0.5, overwrite=True) and not run(overlap=0.5)
+
+
+def test_files_of_fewer_than_8_bits_are_refused(model, tmp_path):
+    # 0 to 15 was taken for black: GDAL says uint8 of 4 bits.
+    source = write(tmp_path / "source.tif", noise(64, 64) // 16, nbits=4)
+    with pytest.raises(UserError, match="source.tif: has 4 bits a band, the model reads 8: convert it"):
+        predict_raster(model, PROCESSOR, source, tmp_path / "map.tif", progress=False)

@@ -14,7 +14,8 @@ from PIL import Image
 from rasterio.transform import from_origin
 from transformers import SegformerImageProcessor
 
-from drd_hf.inference.files import find_images, name_outputs, share_out
+from drd_hf.errors import UserError
+from drd_hf.inference.files import check_outputs, find_images, name_outputs, share_out
 
 from .conftest import tiny_model
 
@@ -89,6 +90,10 @@ def test_all_inputs_but_the_wrong_ones_are_done_the_same_by_one_process_and_by_t
 def test_wrong_options_are_one_line(project):
     for words, message in (
         (["--device", "nowhere"], "device nowhere: not available here"),
+        # These were said once for each input, by a run that could not succeed.
+        (["--overlap", "nan"], "overlap=nan: give"),
+        (["--tile", "0"], "tile=0"),
+        (["--bands", "1", "2"], "--bands 1 2: give 3 numbers"),
         (["--dataset", "tiles"], "predicts ['ground', 'building', 'tree'], the dataset has ['land', 'water']"),
     ):
         if "--dataset" in words:
@@ -100,7 +105,7 @@ def test_wrong_options_are_one_line(project):
             }  # fmt: skip
             (project / "tiles" / "README.md").write_text(f"---\nsegmentation: {json.dumps(card)}\n---\n")
         done = run("in/a/x.tif", "--model", "model", "--output", "wrong", *words, cwd=project)
-        assert done.returncode == 2 and message in errors(done)[0], done.stderr
+        assert done.returncode == 2 and message in errors(done)[0] and len(errors(done)) == 1, done.stderr
         assert not list((project / "wrong").rglob("*.tif"))
 
 
@@ -132,3 +137,21 @@ def test_every_raster_is_shared_out_once_and_large_ones_to_all():
             assert max(loads) * processes <= processes * max(pixels) + sum(pixels)
     assert share_out([100, 1, 1], 2) == ([0], [[1], [2]])
     assert share_out([4, 4], 2) == ([], [[0], [1]])
+
+
+def test_inputs_whose_outputs_are_one_file_are_refused(project, tmp_path):
+    # With --overwrite the probabilities of x.tif and the map of x-probabilities.tif replaced each other.
+    write(tmp_path / "x.tif", 40, 40)
+    write(tmp_path / "X-Probabilities.tif", 40, 40)
+    options = ["--model", project / "model", "--output", "maps", "--probabilities", "--overwrite"]
+    done = run("x.tif", "X-Probabilities.tif", *options, cwd=tmp_path)
+    assert done.returncode == 2 and len(errors(done)) == 1, done.stderr
+    assert "X-Probabilities.tif: would be written for X-Probabilities.tif" in errors(done)[0]
+    assert not (tmp_path / "maps").exists()
+
+
+def test_an_output_that_is_another_input_is_refused(tmp_path):
+    a, b = str(tmp_path / "a.tif"), str(tmp_path / "b.tif")
+    check_outputs({a: [tmp_path / "maps" / "a.tif"], b: [tmp_path / "maps" / "b.tif"]})
+    with pytest.raises(UserError, match="b.tif: would be written for .*a.tif"):
+        check_outputs({a: [tmp_path / "b.tif"], b: [tmp_path / "maps" / "b.tif"]})

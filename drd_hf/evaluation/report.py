@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,11 +37,13 @@ def check_output(output: str | Path, overwrite: bool) -> None:
     """Refuse a file or folder that cannot be written, or that is there already. Changes nothing.
 
     Raises:
-        UserError: its parent folder does not exist; it is there and `overwrite` is false or it is no evaluation.
+        UserError: its parent folder does not exist or is not for writing; it is there and `overwrite` is false or it is no evaluation.
     """
     output = Path(output)
     if not output.resolve().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist")
+    if not os.access(output.resolve().parent, os.W_OK):
+        raise UserError(f"--output {output}: its folder cannot be written")
     if output.suffix == ".json":
         if output.is_dir():
             raise UserError(f"--output {output}: is a folder; a name that ends in .json is a file of scores")
@@ -50,6 +52,15 @@ def check_output(output: str | Path, overwrite: bool) -> None:
             raise UserError(f"--output {output}: is there and is no evaluation: give another name")
         if not overwrite:
             raise UserError(f"--output {output}: is there already: give --overwrite true or another name")
+
+
+@contextmanager
+def output_errors(output: str | Path) -> Iterator[None]:
+    """A full disk, a lack of rights and the like become a `UserError` that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager
@@ -63,7 +74,8 @@ def staged_folder(output: str | Path, state: PartialState | None = None) -> Iter
     staging = output.with_name(f".{output.name}.unfinished")
     if is_main:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        with output_errors(output):
+            staging.mkdir()
     if state is not None:
         state.wait_for_everyone()
     try:
@@ -73,9 +85,10 @@ def staged_folder(output: str | Path, state: PartialState | None = None) -> Iter
         if is_main:
             old = output.with_name(f".{output.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            if output.exists():
-                os.replace(output, old)
-            os.replace(staging, output)
+            with output_errors(output):
+                if output.exists():
+                    os.replace(output, old)
+                os.replace(staging, output)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         if is_main:
@@ -86,10 +99,12 @@ def write_scores(path: Path, content: dict) -> None:
     """JSON that appears when it is whole; the scores of classes that do not occur are null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(finite_json(content), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with output_errors(path):
+            temporary.write_text(json.dumps(finite_json(content), indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def report(evaluation: SourceEvaluation, protocol: Protocol, info: SegmentationInfo, split: str) -> dict:
@@ -144,7 +159,8 @@ def write_report(
         write_scores(path, content)
     else:
         write_scores(path / SCORES_NAME, content)
-        write_plots(path, evaluation, protocol, info)
+        with output_errors(path):
+            write_plots(path, evaluation, protocol, info)
 
 
 def score_table(evaluation: SourceEvaluation, protocol: Protocol, info: SegmentationInfo) -> str:
@@ -205,7 +221,8 @@ def write_source_picture(
     image = source.image[..., :3] if source.image.shape[2] >= 3 else np.repeat(source.image[..., :1], 3, axis=2)
     name = re.sub(r"[^\w.-]+", "_", source.name)[-100:]
     path = folder / "sources" / f"{source.number:04d}_{name}.png"
-    return errors_picture(image, reference, prediction, info.colors, info.id2label, source.name, path)
+    with output_errors(path):
+        return errors_picture(image, reference, prediction, info.colors, info.id2label, source.name, path)
 
 
 def without_empty(evaluation: SourceEvaluation, chosen: str | None, what: str) -> SourceEvaluation:

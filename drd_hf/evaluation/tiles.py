@@ -16,6 +16,7 @@ from drd_hf.data.transforms import EvalTransform, SegmentationCollator, undecode
 from drd_hf.errors import UserError
 from drd_hf.evaluation.protocols import references_of
 from drd_hf.features import input_channels
+from drd_hf.inference.windows import NotFinite
 from drd_hf.metrics import SegmentationMetrics
 
 EVALUATION_PROTOCOL = "tiles, each pixel once"
@@ -50,7 +51,7 @@ def evaluate_model(
         The metrics object, for `.compute()` and `.matrix`.
 
     Raises:
-        UserError: the dataset has labels that the model does not know.
+        UserError: the dataset has labels that the model does not know; the model answers with NaN or infinity.
     """
     device = usable_device(device)
     model = model.to(device).eval()
@@ -63,6 +64,8 @@ def evaluate_model(
     with torch.inference_mode():
         for batch in tqdm(loader, desc="evaluate", unit="batch"):
             logits = model(pixel_values=batch["pixel_values"].to(device, model.dtype)).logits
+            if not logits.isfinite().all():
+                raise NotFinite
             metrics.update(logits, batch["labels"].to(device))
     return metrics
 

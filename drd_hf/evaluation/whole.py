@@ -16,6 +16,7 @@ from drd_hf.evaluation.protocols import references_of
 from drd_hf.evaluation.sources import JoinedSource, joined_sources
 from drd_hf.evaluation.tiles import check_labels, usable_device
 from drd_hf.inference import predict_image
+from drd_hf.inference.windows import NotFinite
 from drd_hf.metrics import BoundaryIoU, SegmentationMetrics
 
 
@@ -93,7 +94,7 @@ def evaluate_sources(
 
     Raises:
         UserError: other classes than the dataset's, a reference or bands that it does not have, wrong options, a
-            damaged tile.
+            damaged tile, answers of NaN or infinity.
     """
     columns = references_of(info, reference)
     check_labels(model, info.id2label, "the model")
@@ -115,7 +116,10 @@ def evaluate_sources(
         if not labels:
             return None
         image = source.image if channels is None else source.image[..., channels]
-        prediction = predict_image(model, processor, image, tile, overlap, batch_size)
+        try:
+            prediction = predict_image(model, processor, image, tile, overlap, batch_size)
+        except NotFinite as error:
+            raise UserError(f"{source.name}: {error}") from None
         accuracy = {}
         for name, label in labels.items():
             of_source = SegmentationMetrics(info.id2label)

@@ -3,8 +3,10 @@
 import glob
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from drd_hf.errors import UserError
 
 ENDINGS = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img", ".webp", ".bmp"}
 
@@ -58,6 +60,27 @@ def name_outputs(sources: Sequence[str]) -> dict[str, Path]:
             beside = [other for other, of in zip(group, folders, strict=True) if of == folder]
             names[source] = path if len(beside) == 1 else path.with_name(Path(source).name)
     return {source: names[source] for source in sources}
+
+
+def check_outputs(outputs: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a file that is written for two sources, or that is itself another source.
+
+    `x.tif` with probabilities and a source `x-probabilities.tif` mean one file. File systems may ignore case.
+
+    Args:
+        outputs: for each source the files that are written for it.
+
+    Raises:
+        UserError: names both sources and the file.
+    """
+    owners = {os.path.realpath(source).lower(): source for source in outputs}
+    for source, paths in outputs.items():
+        for path in paths:
+            owner = owners.setdefault(os.path.realpath(path).lower(), source)
+            if owner != source:
+                raise UserError(
+                    f"{path}: would be written for {source} and is or is made of {owner} too: give them different --output"
+                )
 
 
 def share_out(pixels: Sequence[int], processes: int) -> tuple[list[int], list[list[int]]]:

@@ -42,7 +42,8 @@ def predict_image(
         4 * K bytes per pixel; without them what is in memory grows with the width of the image alone.
 
     Raises:
-        UserError: the image is not uint8 with the bands of the model, or `tile` and `overlap` leave no step.
+        UserError: the image is not uint8 with the bands of the model, `tile` and `overlap` leave no step, or the
+            model answers with NaN or infinity.
     """
     bands = input_channels(model)
     if isinstance(image, Image.Image):

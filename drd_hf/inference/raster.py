@@ -14,6 +14,7 @@ import numpy as np
 import rasterio
 import torch
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
@@ -37,8 +38,8 @@ from drd_hf.inference.maps import (
     part_path,
     run_of,
 )
-from drd_hf.inference.polygons import FORMATS, check_polygons, write_polygons
-from drd_hf.inference.windows import WindowGrid, blended_blocks, class_ids, window_grid
+from drd_hf.inference.polygons import FORMATS, check_polygons, run_of_polygons, write_polygons
+from drd_hf.inference.windows import NotFinite, WindowGrid, blended_blocks, class_ids, window_grid
 from drd_hf.models import bands_of
 
 # A cache of GDAL's default size, a twentieth of the machine, would be most of what a prediction takes. A damaged JPEG is
@@ -82,6 +83,11 @@ class _Job:
         """For everything unfinished; a killed run leaves it behind, and the next one clears it."""
         return self.destination.with_name(f".{self.destination.name}.tmp")
 
+    @property
+    def lock(self) -> Path:
+        """Only the process that holds it may touch the folder."""
+        return self.destination.with_name(f".{self.destination.name}.tmp.lock")
+
 
 def predict_raster(
     model: PreTrainedModel,
@@ -118,8 +124,8 @@ def predict_raster(
             they are as many as the model reads; alpha is left out where there is one more.
         probabilities: .tif for one more GeoTIFF with a band for each class: uint8, 250 times the probability (the scale,
             0.004, is in the file), 255 where there is no data.
-        vector: .gpkg or .geojson for the polygons of equal class, with `class_id`, `class` and an area: `area_m2`, on the
-            ellipsoid if the coordinates are degrees, or `area_px` without a reference system. A GeoPackage has the
+        vector: .gpkg or .geojson for the polygons of equal class, with `class_id`, `class` and an area: `area_m2` on the
+            ellipsoid, whatever the projection, or `area_px` without a reference system. A GeoPackage has the
             coordinates of the source (pixels, if it has none), GeoJSON has degrees of WGS 84. Needs the extra `vector`.
             Memory grows with the number of polygons, not of pixels.
         colors: K RGB colours, 0-255. None: those of ISPRS or Cityscapes where the classes are theirs, else bright ones.
@@ -134,20 +140,26 @@ def predict_raster(
 
     Raises:
         UserError: the source cannot be read or does not fit the model, the outputs cannot be written, or they exist and
-            are not those that this call would make; the GPU has too little memory.
+            are not those that this call would make, or another process is making them; the model answers with NaN or
+            infinity; the GPU has too little memory.
     """
-    job, todo = _together(
-        state,
-        source,
-        lambda: _plan(
-            model, processor, source, destination, tile, overlap, bands, probabilities, vector, colors, overwrite, fingerprint
-        ),
-    )  # fmt: skip
-    if not todo:
-        return False
     index, count = (state.process_index, state.num_processes) if state else (0, 1)
-    count = min(count, len(job.grid.rows))
-    try:
+    fingerprint = fingerprint or model_fingerprint(model, processor)
+
+    def plan() -> tuple[_Job, set[str]]:
+        return _plan(
+            model, processor, source, destination, tile, overlap, bands, probabilities, vector, colors, overwrite, fingerprint
+        )  # fmt: skip
+
+    job, todo = _together(state, source, plan)
+    if not _first_of(state, todo):
+        return False
+    with contextlib.ExitStack() as held:
+        _together(state, source, lambda: index == 0 and held.enter_context(_locked(job)))
+        job, todo = _together(state, source, plan)  # the process that held the lock may have made all of it
+        if not todo:
+            return False
+        count = min(count, len(job.grid.rows))
         if "map" in todo:
             _together(
                 state,
@@ -155,9 +167,6 @@ def predict_raster(
                 lambda: index < count and _predict_part(model, processor, job, index, count, batch_size, progress),
             )
         _together(state, source, lambda: index == 0 and _finish(job, count, todo))
-    finally:
-        if index == 0:
-            shutil.rmtree(job.folder, ignore_errors=True)
     return True
 
 
@@ -183,7 +192,7 @@ def model_fingerprint(model: PreTrainedModel, processor) -> str:
             content.update(name.encode())
             content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:  # an ONNX file
-        content.update(Path(model.session._model_path).read_bytes())
+        content.update(model.path.read_bytes())
     content.update(json.dumps(facts, default=str).encode())
     return content.hexdigest()
 
@@ -208,6 +217,34 @@ def _together(state, source: str | Path, work: Callable[[], object]):
     return result
 
 
+def _first_of(state, value):
+    """The value of the first process, in all of them."""
+    return gather_object([value])[0] if state is not None and state.num_processes > 1 else value
+
+
+@contextlib.contextmanager
+def _locked(job: _Job) -> Iterator[None]:
+    """The folder of a job, for one process at a time; it is removed at the end."""
+    lock = FileLock(job.lock)
+    busy = UserError(f"{job.destination}: is being made by another process; wait until it is done")
+    with _writing(job.destination):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise busy from None
+    try:
+        if not job.lock.exists():  # of a process that has removed it since it was opened here
+            raise busy
+        try:
+            yield
+        finally:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                job.lock.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
 def _plan(
     model, processor, source, destination, tile, overlap, bands, probabilities, vector, colors, overwrite, fingerprint
 ) -> tuple[_Job, set[str]]:
@@ -228,7 +265,7 @@ def _plan(
             check_polygons(vector, source, dataset.crs)
     file = Path(source)
     options = {
-        "model": fingerprint or model_fingerprint(model, processor),
+        "model": fingerprint,
         "source": [file.name, file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else [source],
         "bands": chosen,
         "tile": tile,
@@ -260,12 +297,9 @@ def _missing(job: _Job, run: str) -> set[str]:
             raise UserError(f"{path}: was not made from this source by this model with these options: {remedy}")
     todo = set() if all(path in same for path in filter(None, (job.destination, job.probabilities))) else {"map"}
     if job.vector:
-        # Polygons are made after their map, and those of an older map go before it is replaced.
         exists = job.vector.exists()
-        if exists and not (
-            job.destination in same and job.vector.stat().st_mtime_ns >= job.destination.stat().st_mtime_ns
-        ):
-            raise UserError(f"{job.vector}: was not made from the map {job.destination}: {remedy}")
+        if exists and run_of_polygons(job.vector) != run:
+            raise UserError(f"{job.vector}: was not made from the map that {job.destination} is or will be: {remedy}")
         if todo or not exists:
             todo.add("vector")
     return todo
@@ -307,6 +341,9 @@ def _choose_bands(model, dataset, source: str, bands: Sequence[int] | None) -> t
         raise UserError(
             f"{source}: has {', '.join(types)} values, the model reads 8 bits: convert it, as for training"
         )
+    bits = {dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8") for band in bands} - {"8"}
+    if bits and dataset.colorinterp[0] != ColorInterp.palette:
+        raise UserError(f"{source}: has {min(bits)} bits a band, the model reads 8: convert it, as for training")
     return bands
 
 
@@ -341,7 +378,10 @@ def _predict_part(model, processor, job: _Job, index: int, count: int, batch_siz
             )
             valid = None
             for _ in grid.columns:
-                _, column, block, block_valid = next(blocks)
+                try:
+                    _, column, block, block_valid = next(blocks)
+                except NotFinite as error:
+                    raise UserError(f"{job.source}: {error}") from None
                 columns = slice(column, column + block.shape[2])
                 ids[:, columns] = class_ids(block)
                 if shares is not None:
@@ -438,7 +478,7 @@ def _finish(job: _Job, count: int, todo: set[str]) -> None:
     if "vector" in todo:
         temporary = job.folder / f"polygons{job.vector.suffix.lower()}"
         with _writing(job.vector), _environment():
-            write_polygons(job.destination, temporary, job.names)
+            write_polygons(job.destination, temporary, job.names, job.tags[RUN_TAG])
             os.replace(temporary, job.vector)
 
 

@@ -24,6 +24,16 @@ MULTIPLE = 32
 ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
 
 
+class NotFinite(UserError):
+    """A model's logits are no numbers; who knows the image adds its name."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(
+            message
+            or "the model answers with NaN or infinity: compute in float32 or bfloat16, or take another checkpoint"
+        )
+
+
 @dataclass(frozen=True)
 class WindowGrid:
     """Windows of `window` = (height, width) pixels that cover an image; `rows` and `columns` are their first pixels.
@@ -109,6 +119,9 @@ def blended_blocks(
         first, last: window rows whose blocks are wanted, `last` excluded. Those above that reach into them are predicted
             too.
         progress: called with the number of windows that were predicted since the last call.
+
+    Raises:
+        NotFinite: a logit is NaN or infinite.
     """
     (height, width), number = grid.window, model.config.num_labels
     last = len(grid.rows) if last is None else last
@@ -127,6 +140,7 @@ def blended_blocks(
         strip, valid = _next_strip(read, strip, valid, top, read_to, bottom)
         read_to = bottom
         pixels, mask = _continued(strip, valid, height, grid.columns[-1] + width)
+        finite = torch.ones((), dtype=torch.bool, device=device)
         part = torch.zeros(number, height, width, device=device)  # the columns at work, weighted sums
         for begin in range(0, len(grid.columns), batch_size):
             batch = range(len(grid.columns))[begin : begin + batch_size]
@@ -134,6 +148,10 @@ def blended_blocks(
             seen = [j for j in batch if mask is None or mask[:, places[j]].any()]
             logits = _logits(model, processor, [pixels[:, places[j]] for j in seen]) if seen else []
             answers = dict(zip(seen, logits, strict=True))
+            if seen:
+                finite = finite & logits.isfinite().all()
+            if batch.stop == len(grid.columns) and not finite:  # once in a window row: on a GPU, asking means waiting
+                raise NotFinite
             for j in batch:
                 if j in answers:
                     resized = F.interpolate(

@@ -81,7 +81,7 @@ class BoundaryIoU:
         mean_over: Iterable[str] | None = None,
         frame_is_border: bool = True,
     ):
-        if distance <= 0 or (distance >= 1 and distance != int(distance)):
+        if not (math.isfinite(distance) and distance > 0) or (distance >= 1 and distance != int(distance)):
             raise UserError(f"distance {distance}: give whole pixels from 1 up, or a share of the diagonal below 1")
         named = SegmentationMetrics(id2label, ignore_index, mean_over)
         self.class_names, self.mean_over, self.ignore_index = named.class_names, named.mean_over, ignore_index

@@ -114,7 +114,10 @@ class SegmentationScores(evaluate.Metric):
         counts.merge(self._counts)
         if predictions is not None or references is not None:
             counts.merge(_count(predictions, references)[0])
-        elif not self._maps and self.num_process == 1:
+            maps = self._maps + len(predictions)
+        else:
+            maps = self._maps
+        if not maps and self.num_process == 1:
             raise UserError("no maps were added: call add or add_batch before compute, or pass maps to it")
         if self.num_process > 1:
             counts = counts.summed_over_ranks()
@@ -170,6 +173,10 @@ def _count(predictions, references) -> tuple[SegmentationMetrics, int]:
     if len(predictions) != len(references):
         raise UserError(f"there are {len(predictions)} predictions and {len(references)} references: pass as many")
     counts = _all_ids()
+    for what, maps in (("predictions", predictions), ("references", references)):
+        for ids in map(as_tensor, [maps] if isinstance(maps, (np.ndarray, torch.Tensor)) else maps):
+            if ids.numel() and not ids.is_floating_point() and not 0 <= int(ids.min()) <= int(ids.max()) < IDS:
+                raise UserError(f"{what} contain {int(ids.min())} to {int(ids.max())}: ids are 0..{IDS - 1}")
     if all(isinstance(maps, (np.ndarray, torch.Tensor)) for maps in (predictions, references)):
         counts.update(_ids(predictions), references)
     else:
