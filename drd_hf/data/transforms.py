@@ -452,4 +452,7 @@ def normalize(images: torch.Tensor, factor: float, mean, std, reverse_channels: 
             "choose three with student_channels and teacher_channels"
         )
     images = images.flip(1) if reverse_channels else images
-    return F.normalize(images.float().mul_(factor), mean, std, inplace=True)
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    # (factor x - mean) / std in two passes, the first of which turns bytes into floats.
+    scale, shift = ((x / std).to(images.device, torch.float32) for x in (factor, mean))
+    return torch.mul(images, scale).sub_(shift)

@@ -20,7 +20,7 @@ _TRIANGLE_BLOCK = 128
 # Items from which a direction common to all is found.
 _SAMPLES, _ROW_SAMPLES = 512, 64
 # Up to so many positions a CPU does without splitting off a common direction, if the mean cosine is not above this.
-_FEW, _MUCH_IN_COMMON = 192, 0.5
+_FEW, _MUCH_IN_COMMON = 800, 0.5
 _ROWS = torch.contiguous_format
 # The element-wise passes over M x M maps cost as much as this many multiplications of a matrix product for each entry.
 _MAP_PASSES = 100
