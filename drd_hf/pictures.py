@@ -93,7 +93,7 @@ def comparison_picture(
     widest_entry = max(_entry_width(name, font) for name, _ in legend)
     width = max(GAP + len(titles) * (cell_size + GAP), widest_entry + 2 * GAP)
     places, legend_height = _legend_places([name for name, _ in legend], font, width)
-    wrapped = [_wrap(title, font, cell_size) for title in titles]
+    wrapped = [wrap_text(title, font, cell_size) for title in titles]
     line_height = TEXT_SIZE + 6
     title_height = max(map(len, wrapped)) * line_height
     legend_top = GAP + title_height + sum(height + GAP for height in row_heights) + GAP // 2
@@ -117,7 +117,7 @@ def comparison_picture(
     _draw_legend(
         picture, [(name, Image.new("RGB", (SWATCH, SWATCH), tuple(c))) for name, c in legend], places, legend_top
     )
-    return _save_png(picture, Path(path))
+    return save_png(picture, Path(path))
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -178,7 +178,7 @@ def contact_sheet(
     texts = [_legend_text(name, shares) for name in (*names, "ignored")]
     width = max(width, max(_entry_width(text, font) for text in texts) + 2 * GAP)
     places, legend_height = _legend_places(texts, font, width)
-    title_lines = _wrap(title, font, width - 2 * GAP)
+    title_lines = wrap_text(title, font, width - 2 * GAP)
     grid_top = 2 * GAP + len(title_lines) * line_height
     row_height = cell_size + line_height + GAP
     legend_top = grid_top + math.ceil(len(tiles) / columns) * row_height
@@ -196,9 +196,9 @@ def contact_sheet(
                 draw.text((x + cell_size / 2, top + cell_size / 2), "no label", fill=INK, font=small, anchor="mm")
             else:
                 sheet.paste(cell, (x + (cell_size - cell.width) // 2, top + (cell_size - cell.height) // 2))
-        draw.text((left, top + cell_size + 3), _shortened(tile.caption, small, pair), fill=INK, font=small)
+        draw.text((left, top + cell_size + 3), shortened(tile.caption, small, pair), fill=INK, font=small)
     _draw_legend(sheet, list(zip(texts, swatches, strict=True)), places, legend_top)
-    return _save_png(sheet, Path(path))
+    return save_png(sheet, Path(path))
 
 
 def _pair_of_cells(tile: PreviewTile, colors, cell_size: int) -> tuple[Image.Image, Image.Image | None]:
@@ -219,7 +219,7 @@ def _legend_text(name: str, shares: Mapping[str, float]) -> str:
     return f"{name} <0.1%" if 0 < shares[name] < 0.0005 else f"{name} {shares[name]:.1%}"
 
 
-def _shortened(text: str, font, width: int) -> str:
+def shortened(text: str, font, width: int) -> str:
     """`text`, or its end where it is wider than `width` pixels: the place of a tile stands there."""
     if font.getlength(text) <= width:
         return text
@@ -272,7 +272,7 @@ def _entry_width(name: str, font) -> int:
     return SWATCH + 6 + math.ceil(font.getlength(name))
 
 
-def _wrap(text: str, font, width: int) -> list[str]:
+def wrap_text(text: str, font, width: int) -> list[str]:
     """Lines of `text` that are at most `width` pixels wide, as far as its words allow."""
     lines = [""]
     for word in str(text).split():
@@ -284,7 +284,8 @@ def _wrap(text: str, font, width: int) -> list[str]:
     return lines
 
 
-def _save_png(picture: Image.Image, path: Path) -> Path:
+def save_png(picture: Image.Image, path: Path) -> Path:
+    """Write a picture under another name in the same folder, which is made, and move it into place when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -4,7 +4,7 @@ from PIL import Image, ImageFont
 
 from drd_hf.data.preview import PreviewTile
 from drd_hf.errors import UserError
-from drd_hf.pictures import _legend_text, _shortened, _wrap, colorize, comparison_picture, contact_sheet, overlay
+from drd_hf.pictures import _legend_text, colorize, comparison_picture, contact_sheet, overlay, shortened, wrap_text
 
 COLORS = [(255, 255, 255), (0, 0, 255), (250, 10, 20)]
 ID2LABEL = {0: "impervious_surface", 1: "building", 2: "car"}
@@ -81,7 +81,7 @@ def test_label_maps_are_scaled_without_new_colours_and_keep_their_aspect_ratio(t
 def test_long_titles_are_wrapped_to_their_column():
     font = ImageFont.load_default(16)
     title = "student distilled with spatial and channel relations"
-    lines = _wrap(title, font, 128)
+    lines = wrap_text(title, font, 128)
     assert " ".join(lines) == title
     assert len(lines) > 1 and all(font.getlength(line) <= 128 for line in lines)
 
@@ -156,9 +156,9 @@ def test_shares_stand_in_the_legend():
 
 def test_long_captions_keep_the_place_of_the_tile():
     font = ImageFont.load_default(12)
-    short = _shortened("a/very/long/path/of/an/image/that/does/not/fit.tif (512, 1024)", font, 150)
+    short = shortened("a/very/long/path/of/an/image/that/does/not/fit.tif (512, 1024)", font, 150)
     assert short.startswith("…") and short.endswith("(512, 1024)") and font.getlength(short) <= 150
-    assert _shortened("x", font, 150) == "x"
+    assert shortened("x", font, 150) == "x"
 
 
 def test_a_sheet_that_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
