@@ -1,7 +1,7 @@
-"""Other distillation losses as their publications define them, for the benchmarks: what a user would run instead.
+"""Distillation losses as public code computes them, for the benchmarks: what a user would run instead.
 
 Each takes the features of student and teacher (B, C, H, W), and some a 1x1 projection (C_t, C_s) or labels (B, H, W). They
-are written plainly, as the public implementations of these losses are, and differentiated by autograd.
+are written plainly, without the care that `drd_hf.losses` takes of number formats, sizes and memory, and differentiated by autograd.
 """
 
 import torch
@@ -33,7 +33,7 @@ def plain_channel_attention(student, teacher, projection=None, **_):
 
 def skd_pairwise(student, teacher, **_):
     """Structured knowledge distillation: cosine maps of the positions that a 2x2 max-pooling leaves."""
-    s, t = (F.normalize(F.max_pool2d(f, 2).flatten(2), dim=1) for f in (student, teacher))
+    s, t = (F.normalize(F.max_pool2d(f, 2, ceil_mode=True).flatten(2), dim=1) for f in (student, teacher))
     return (s.mT @ s - t.mT @ t).square().mean()
 
 
@@ -68,7 +68,7 @@ def ickd(student, teacher, projection=None, **_):
     """Inter-channel correlation: Gram matrices of the channels, rows of unit length."""
     s, t = _projected(student, projection).flatten(2), teacher.flatten(2)
     s_map, t_map = F.normalize(s @ s.mT, dim=-1), F.normalize(t @ t.mT, dim=-1)
-    return (s_map - t_map).square().sum() / (s_map.shape[1] * len(s) ** 2)
+    return (s_map - t_map).square().sum() / (s_map.shape[1] * len(s))
 
 
 def sp(student, teacher, **_):
@@ -97,7 +97,7 @@ def cwd(student, teacher, projection=None, temperature=4.0, **_):
 
 def csd(student, teacher, **_):
     """Category-wise similarity of class scores, average pooled by 2."""
-    maps = [torch.softmax(F.avg_pool2d(f, 2).flatten(2) / 4, dim=-1) for f in (student, teacher)]
+    maps = [torch.softmax(F.avg_pool2d(f, 2, ceil_mode=True).flatten(2) / 4, dim=-1) for f in (student, teacher)]
     return (maps[0] @ maps[0].mT - maps[1] @ maps[1].mT).square().mean()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from drd_hf.errors import UserError
-from drd_hf.losses.base import DistillationLoss
+from drd_hf.losses.base import DistillationLoss, add_projectors, layer_pairs
 from drd_hf.relations import RELATIONS, channel_relation_distance, resize_to, spatial_relation_distance
 
 
@@ -56,31 +56,18 @@ class DualRelationLoss(DistillationLoss):
         teacher_widths: dict[str, int] | None = None,
     ):
         super().__init__()
-        if not layers:
-            raise UserError("DualRelationLoss needs at least one (student layer, teacher layer) pair")
+        self.layers, self.layer_weights = layer_pairs(layers, "DualRelationLoss")
         if relation not in RELATIONS:
             raise UserError(f"relation={relation!r} is not known, choose one of {', '.join(RELATIONS)}")
         if not temperature > 0:
             raise UserError(f"temperature={temperature} must be greater than 0")
         if resize_relations_to is not None and resize_relations_to < 1:
             raise UserError(f"resize_relations_to={resize_relations_to} must be at least 1, or None for no limit")
-        for pair in layers:
-            if not 2 <= len(pair) <= 3 or not all(isinstance(weight, (int, float)) for weight in pair[2:]):
-                raise UserError(
-                    f"layer pair {pair}: give (student layer, teacher layer) or (student layer, teacher layer, weight)"
-                )
-            if not all(0 < weight < 1e6 for weight in pair[2:]):
-                raise UserError(
-                    f"layer pair {pair[0]}={pair[1]} has weight {float(pair[2])}, give one above 0 and below 1e6"
-                )
         for weight in (spatial_weight, channel_weight):
             if not 0 <= weight < math.inf:
                 raise UserError(f"relation weight {weight} must be a number, 0 or above")
         if spatial_weight == channel_weight == 0:
             raise UserError("both relation weights are 0, nothing would be distilled: give one above 0")
-        self.layers = [(str(s), str(t)) for s, t, *_ in layers]
-        pair_weights = [float(weight[0]) if weight else 1.0 for _, _, *weight in layers]
-        self.layer_weights = [weight / sum(pair_weights) for weight in pair_weights]
         self.student_layers = tuple(s for s, _ in self.layers)
         self.teacher_layers = tuple(t for _, t in self.layers)
         self.weights = {
@@ -97,12 +84,8 @@ class DualRelationLoss(DistillationLoss):
             self.prepare(student_widths, teacher_widths)
 
     def prepare(self, student_widths: dict[str, int], teacher_widths: dict[str, int]) -> None:
-        if "channel_relation" not in self.weights:
-            return
-        for index, (student_layer, teacher_layer) in enumerate(self.layers):
-            c_s, c_t = student_widths[student_layer], teacher_widths[teacher_layer]
-            if c_s != c_t and str(index) not in self.projectors:
-                self.projectors[str(index)] = nn.Conv2d(c_s, c_t, kernel_size=1, bias=False)
+        if "channel_relation" in self.weights:
+            add_projectors(self.projectors, self.layers, student_widths, teacher_widths)
 
     def forward(
         self, student_features, teacher_features, student_logits=None, teacher_logits=None, labels=None

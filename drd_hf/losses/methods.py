@@ -1,0 +1,147 @@
+"""Distillation methods by name, as `DistillationConfig.method` and `--method` give them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from drd_hf.errors import UserError, nearest
+from drd_hf.features import layers_in_order
+from drd_hf.losses import (
+    AfDCDLoss,
+    ATLoss,
+    CIRKDLoss,
+    CWDLogitLoss,
+    CWDLoss,
+    DistillationLoss,
+    DISTLoss,
+    DSDLoss,
+    DualRelationLoss,
+    FitNetLoss,
+    ICKDLoss,
+    IFVDLoss,
+    MGDLoss,
+    PixelLogitLoss,
+    SKDLoss,
+    SPLoss,
+)
+from drd_hf.models import default_feature_layer
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is built: `build(args, layer pairs, weight)`, args being a `DistillationConfig`."""
+
+    build: Callable[..., DistillationLoss | None]
+    weight: float  # the default; of a method with several terms it multiplies their own weights
+    layers: int = 1  # number of layer pairs that it reads by default
+
+
+def _dual_relation(args, layers, weight: float) -> DualRelationLoss:
+    return DualRelationLoss(
+        layers,
+        spatial_weight=weight * args.spatial_relation_weight,
+        channel_weight=weight * args.channel_relation_weight,
+        relation=args.relation,
+        temperature=args.temperature,
+        resize_relations_to=args.resize_relations_to or None,
+    )
+
+
+METHODS = {
+    "drd": Method(_dual_relation, 1.0),
+    "kd": Method(lambda args, layers, weight: PixelLogitLoss(weight, args.logit_temperature), 1.0, layers=0),
+    "skd": Method(lambda args, layers, weight: SKDLoss(layers, weight), 10.0),
+    "ifvd": Method(lambda args, layers, weight: IFVDLoss(layers, weight), 20.0),
+    "cwd": Method(lambda args, layers, weight: CWDLoss(layers, weight), 50.0),
+    "cwd_logits": Method(lambda args, layers, weight: CWDLogitLoss(weight), 3.0, layers=0),
+    "at": Method(lambda args, layers, weight: ATLoss(layers, weight), 10000.0),
+    "fitnet": Method(lambda args, layers, weight: FitNetLoss(layers, weight), 10.0),
+    "dsd": Method(lambda args, layers, weight: DSDLoss(layers, 1000 * weight, 10 * weight), 1.0, layers=2),
+    "cirkd": Method(
+        lambda args, layers, weight: CIRKDLoss(
+            layers, weight, max_positions=(args.resize_relations_to or 0) ** 2 or None
+        ),
+        1.0,
+    ),
+    "dist": Method(lambda args, layers, weight: DISTLoss(weight, weight), 1.0, layers=0),
+    "mgd": Method(lambda args, layers, weight: MGDLoss(layers, weight), 2e-5),
+    "afdcd": Method(lambda args, layers, weight: AfDCDLoss(layers, 2e-6 * weight, 5e-3 * weight), 1.0),
+    "ickd": Method(lambda args, layers, weight: ICKDLoss(layers, weight), 2.5),
+    "sp": Method(lambda args, layers, weight: SPLoss(layers, weight), 3000.0),
+}
+
+
+def parse_methods(texts: Iterable[str]) -> dict[str, float]:
+    """{name: weight} of texts like ``skd`` or ``skd=10``.
+
+    Raises:
+        UserError: an unknown name (the nearest ones are listed), a name that is there twice, a weight that is no number
+            above 0.
+    """
+    weights = {}
+    for text in texts:
+        name, equals, weight = (part.strip() for part in text.partition("="))
+        if name == "none":
+            raise UserError("method 'none' distils nothing: train a student alone with train_teacher.py")
+        if name not in METHODS:
+            raise UserError(f"method {name!r} is not known; nearest: {nearest(name, METHODS)}")
+        if name in weights:
+            raise UserError(f"method {name!r} is given twice, give it once")
+        try:
+            weights[name] = float(weight) if equals else METHODS[name].weight
+        except ValueError:
+            raise UserError(f"method {text!r}: {weight!r} is no number, give {name}=WEIGHT") from None
+        if not 0 < weights[name] < float("inf"):
+            raise UserError(f"method {text!r}: the weight must be a number above 0, leave the method out for 0")
+    return weights
+
+
+def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[DistillationLoss]:
+    """The losses that a `DistillationConfig` asks for: its methods, and `PixelLogitLoss` where it has a logit weight."""
+    losses = []
+    for name, weight in parse_methods(args.method).items():
+        method = METHODS[name]
+        if name == "drd" and not (args.spatial_relation_weight or args.channel_relation_weight):
+            continue
+        if name == "sp" and args.per_device_train_batch_size < 2:
+            raise UserError(
+                "method sp compares the images of a batch: give a per_device_train_batch_size of 2 or more"
+            )
+        losses.append(method.build(args, _layers(args, method.layers, student, teacher), weight))
+    if args.logit_weight:
+        losses.append(PixelLogitLoss(args.logit_weight, args.logit_temperature))
+    return losses
+
+
+def _layers(args, count: int, student, teacher) -> list[tuple]:
+    """The layer pairs of the config, or by default the one before the classifier, after the encoder's end where two are read."""
+    if not count:
+        return []
+    if args.feature_layers:
+        return [_layer_pair(text) for text in args.feature_layers]
+    pairs = [(default_feature_layer(student), default_feature_layer(teacher))]
+    if count == 2 and None not in (ends := tuple(_end_of_encoder(model) for model in (student, teacher))):
+        pairs.insert(0, ends)
+    return pairs
+
+
+def _end_of_encoder(model) -> str | None:
+    """The last layer of a segmenter's encoder that gives a feature map; None where it has no encoder by a known name."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    children = {name for name, _ in model.named_children()}
+    encoder = next((name for name in (model.base_model_prefix, "backbone") if name in children), None)
+    order, _ = layers_in_order(model)
+    return next((run.name for run in reversed(order) if run.width and run.name.startswith(f"{encoder}.")), None)
+
+
+def _layer_pair(text: str) -> tuple[str, str] | tuple[str, str, float]:
+    layers, colon, weight = text.partition(":")
+    student, _, teacher = layers.partition("=")
+    pair = student.strip(), (teacher or student).strip()
+    if not colon:
+        return pair
+    try:
+        return *pair, float(weight)
+    except ValueError:
+        raise UserError(f"feature_layers {text!r}: {weight!r} is no number, give STUDENT=TEACHER:WEIGHT") from None
