@@ -29,7 +29,7 @@ from drd_hf.errors import UserError
 from drd_hf.evaluation import evaluate_model, milliseconds_per_tile
 from drd_hf.evaluation.report import output_errors
 from drd_hf.features import input_channels
-from drd_hf.models import bands_of, count_parameters, load_image_processor, load_teacher
+from drd_hf.models import bands_of, colors_of, count_parameters, load_image_processor, load_teacher
 
 # (multiple of pixels, height and width of the image that the trace sees). Tracing fixes what a model computes from the
 # size in plain Python, such as the padding of MobileNetV2 and of Swin's windows; sizes that need no padding agree.
@@ -118,6 +118,7 @@ class OnnxSegmenter:
                 label2id={name: i for i, name in id2label.items()},
                 num_channels=facts["num_channels"],
                 bands=facts["bands"],
+                class_colors=facts.get("class_colors"),  # files of earlier versions have none
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
@@ -215,6 +216,7 @@ def export_onnx(
                     "do_flip_channel_order": normalization[3],
                     "num_channels": channels,
                     "bands": list(bands_of(model.config) or ()),
+                    "class_colors": colors_of(model.config),
                     "size": size and [size, size],
                     "size_multiple": multiple,
                     "model": name or model.config.model_type,

@@ -309,6 +309,20 @@ def bands_of(config) -> list[str] | None:
     return [str(name) for name in bands] if named else None
 
 
+def colors_of(config) -> list[tuple[int, int, int]] | None:
+    """RGB colours, 0-255, of the classes in label order, from `class_colors` in a model's configuration.
+
+    That key is where the colours of a published model travel. None where there is not one colour for each class.
+    """
+    colors = getattr(config, "class_colors", None)
+    named = isinstance(colors, (list, tuple)) and len(colors) == config.num_labels
+    if not named or not all(isinstance(c, (list, tuple)) and len(c) == 3 for c in colors):
+        return None
+    if not all(isinstance(value, int) and 0 <= value <= 255 for color in colors for value in color):
+        return None
+    return [tuple(color) for color in colors]
+
+
 def select_bands(bands: Sequence[str], channels: Sequence[int] | None, option: str = "student_channels") -> list[str]:
     """Names of the chosen channels of a dataset; None are all.
 

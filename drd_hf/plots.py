@@ -1,4 +1,4 @@
-"""What an evaluation found, drawn: confusion matrix, bars for each class, and the errors in an image."""
+"""What an evaluation found, drawn: confusion matrix, bars for each class, errors in an image; and curves of a training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.errors import UserError
-from drd_hf.pictures import GAP, INK, OUTLINE, PAPER, SWATCH, TEXT_SIZE, _save_png, _wrap, comparison_picture
+from drd_hf.pictures import GAP, INK, OUTLINE, PAPER, SWATCH, TEXT_SIZE, comparison_picture, save_png, wrap_text
 
 CELL = 58  # side of a cell of the confusion matrix
 LINE = TEXT_SIZE + 6
 BAR, LONGEST_BAR = 14, 420  # pixels; a bar of LONGEST_BAR is a score of 1
 BLUE = (8, 69, 148)
+PANEL, SMOOTH = (640, 200), 3  # pixels of a panel of curves, which is drawn larger and averaged
+CURVE_COLORS = ((8, 69, 148), (230, 145, 56), (39, 134, 62), (178, 34, 94), (120, 120, 120), (120, 85, 190))
 BAR_COLORS = ((8, 69, 148), (107, 174, 214), (230, 145, 56), (120, 120, 120))
 GRID = (225, 225, 225)
 WRONG = (255, 0, 0)
@@ -46,7 +48,7 @@ def confusion_picture(matrix, class_names: Sequence[str], title: str, path: str 
     share_width = math.ceil(font.getlength("share of pixels"))
     left = GAP + LINE + name_width + GAP
     width = left + k * CELL + GAP + share_width + GAP
-    title_lines = _wrap(title, font, width - 2 * GAP)
+    title_lines = wrap_text(title, font, width - 2 * GAP)
     names_top = 2 * GAP + len(title_lines) * LINE
     top = names_top + LINE + name_width + GAP
     picture = Image.new("RGB", (width, top + k * CELL + GAP), PAPER)
@@ -72,7 +74,7 @@ def confusion_picture(matrix, class_names: Sequence[str], title: str, path: str 
             draw.rectangle((x, y, x + CELL, y + CELL), fill=color, outline=OUTLINE)
             ink = PAPER if value > 0.5 else INK
             draw.text((x + CELL / 2, y + CELL / 2), _percent(value), fill=ink, font=small, anchor="mm")
-    return _save_png(picture, Path(path))
+    return save_png(picture, Path(path))
 
 
 def bars_picture(
@@ -100,7 +102,7 @@ def bars_picture(
     left = GAP + SWATCH + 6 + name_width + GAP
     legend_width = sum(SWATCH + 6 + math.ceil(font.getlength(name)) + 2 * GAP for name in scores)
     width = max(left + LONGEST_BAR + 70, legend_width + 2 * GAP)
-    title_lines = _wrap(title, font, width - 2 * GAP)
+    title_lines = wrap_text(title, font, width - 2 * GAP)
     legend_top = 2 * GAP + len(title_lines) * LINE
     top = legend_top + LINE + GAP
     group = len(scores) * BAR + GAP
@@ -136,7 +138,80 @@ def bars_picture(
             draw.text(
                 (left + value * LONGEST_BAR + 4, y + BAR / 2 - 1), f"{value:.3f}", fill=INK, font=small, anchor="lm"
             )
-    return _save_png(picture, Path(path))
+    return save_png(picture, Path(path))
+
+
+def curves_picture(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x_title: str,
+    title: str,
+    path: str | os.PathLike,
+) -> Path:
+    """Write a PNG of curves, one panel under the other.
+
+    Args:
+        panels: {title of the panel: {name of a curve: its points (x, y) in the order of x}}; y from 0 up, values that are
+            not finite are gaps. All panels share the axis x. At most `CURVE_COLORS` curves in a panel.
+        x_title: under the last panel.
+        title, path: as for `confusion_picture`.
+
+    Returns:
+        `path` as a `Path`.
+
+    Raises:
+        UserError: no points at all, or too many curves.
+    """
+    points = [point for curves in panels.values() for curve in curves.values() for point in curve]
+    if not points or max(map(len, panels.values())) > len(CURVE_COLORS):
+        raise UserError(f"curves need points, and at most {len(CURVE_COLORS)} of them fit a panel")
+    font, small = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TEXT_SIZE - 3)
+    plot_width, plot_height = PANEL
+    left, width = GAP + 52, GAP + 52 + PANEL[0] + 3 * GAP
+    title_lines = wrap_text(title, font, width - 2 * GAP)
+    legends = [_legend_lines(curves, font, plot_width) for curves in panels.values()]
+    heights = [LINE * (2 + len(lines)) + plot_height + LINE + GAP for lines in legends]
+    top = 2 * GAP + LINE * len(title_lines)
+    picture = Image.new("RGB", (width, top + sum(heights) + LINE), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, line in enumerate(title_lines):
+        draw.text((GAP, GAP + LINE * i), line, fill=INK, font=font)
+    x_ticks = _ticks(max(x for x, _ in points))
+    for (name, curves), legend, height in zip(panels.items(), legends, heights, strict=True):
+        draw.text((GAP, top), name, fill=INK, font=font)
+        plot_top = top + LINE
+        for line in legend:
+            for offset, text, color in line:
+                middle = plot_top + LINE / 2
+                draw.line((left + offset, middle, left + offset + SWATCH, middle), fill=color, width=3)
+                draw.text((left + offset + SWATCH + 6, middle), text, fill=INK, font=font, anchor="lm")
+            plot_top += LINE
+        plot_top += LINE // 2
+        largest = max((y for curve in curves.values() for _, y in curve if math.isfinite(y)), default=0)
+        y_ticks = _ticks(1.02 * largest)  # no curve runs along the frame
+        plot = Image.new("RGB", (plot_width * SMOOTH, plot_height * SMOOTH), PAPER)
+        inner = ImageDraw.Draw(plot)
+
+        def place(x, y, y_max=y_ticks[-1]):
+            return SMOOTH * plot_width * x / x_ticks[-1], SMOOTH * (plot_height - 1) * (1 - y / y_max)
+
+        for y in y_ticks:
+            inner.line((place(0, y), place(x_ticks[-1], y)), fill=GRID, width=SMOOTH)
+            y_text = plot_top + plot_height - plot_height * y / y_ticks[-1]
+            draw.text((left - 6, y_text), f"{y:g}", fill=INK, font=small, anchor="rm")
+        for curve, color in zip(curves.values(), CURVE_COLORS, strict=False):
+            for run in _finite_runs(curve):
+                at = [place(x, y) for x, y in run]
+                inner.line(at, fill=color, width=3 * SMOOTH, joint="curve")
+                for x, y in at if len(run) == 1 else ():  # a line of one point would not be seen
+                    inner.ellipse((x - 3 * SMOOTH, y - 3 * SMOOTH, x + 3 * SMOOTH, y + 3 * SMOOTH), fill=color)
+        picture.paste(plot.resize(PANEL, Image.Resampling.BOX), (left, plot_top))
+        draw.rectangle((left, plot_top, left + plot_width, plot_top + plot_height), outline=OUTLINE)
+        for x in x_ticks:
+            x_text = left + plot_width * x / x_ticks[-1]
+            draw.text((x_text, plot_top + plot_height + LINE / 2 + 2), f"{x:g}", fill=INK, font=small, anchor="mm")
+        top += height
+    draw.text((left + plot_width / 2, top - GAP / 2), x_title, fill=INK, font=font, anchor="mm")
+    return save_png(picture, Path(path))
 
 
 def errors_picture(
@@ -195,6 +270,38 @@ def error_map(image: np.ndarray, reference: np.ndarray, prediction: np.ndarray) 
     drawn[prediction != reference] = WRONG
     drawn[reference == IGNORE_INDEX] = 0
     return drawn
+
+
+def _ticks(largest: float) -> list[float]:
+    """From 0 to a round number that is not less than `largest`, in three to six steps."""
+    if not largest > 0:
+        return [0, 1]
+    power = 10 ** math.floor(math.log10(largest))
+    step = next(factor * power for factor in (0.2, 0.5, 1, 2) if factor * power * 5.5 >= largest)
+    return [float(f"{i * step:.6g}") for i in range(math.ceil(largest / step - 1e-9) + 1)]
+
+
+def _finite_runs(curve: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The pieces of a curve between values that are not finite."""
+    runs = [[]]
+    for x, y in curve:
+        if math.isfinite(y):
+            runs[-1].append((x, y))
+        else:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _legend_lines(names, font, width: int) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
+    """Lines of (offset, name, colour), as many to a line as `width` holds."""
+    lines, offset = [[]], 0
+    for name, color in zip(names, CURVE_COLORS, strict=False):
+        entry = SWATCH + 6 + math.ceil(font.getlength(name)) + 2 * GAP
+        if lines[-1] and offset + entry > width:
+            lines, offset = [*lines, []], 0
+        lines[-1].append((offset, name, color))
+        offset += entry
+    return lines
 
 
 def _upright(text: str, font) -> Image.Image:

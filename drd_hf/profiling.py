@@ -85,6 +85,15 @@ def profile_models(
     ]
 
 
+def device_name(device: str | torch.device) -> str:
+    """A device in words for tables and cards."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads != 1)}"
+
+
 def count_flops(model: nn.Module, size: int) -> int:
     """Floating-point operations of one image of `size` x `size` pixels: see `FLOPS_COUNTED`.
 

@@ -1,6 +1,5 @@
 """What every training script does before and after `trainer.train()`: options of the data, output folder, results, card."""
 
-import json
 import os
 import platform
 import shlex
@@ -11,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from transformers import TrainingArguments
 
 from drd_hf import __version__
-from drd_hf.cards import MeasuredResult, ModelCardFacts, Timing, hub_id, write_model_card
+from drd_hf.cards import RUN_NAME
+from drd_hf.cards.measure import Origins, TrainedModel, measure_run
 from drd_hf.checkpoints import (
     STAGING_PREFIX,
     checkpoint_folders,
@@ -25,15 +24,15 @@ from drd_hf.checkpoints import (
 )
 from drd_hf.data.splits import SegmentationInfo, SegmentationSplits, StreamedSegmentationSplits
 from drd_hf.data.streaming import StreamedTiles, tiles_of_files
-from drd_hf.data.transforms import EvalTransform, TrainTransform, normalization_of, undecoded
+from drd_hf.data.transforms import EvalTransform, TrainTransform, undecoded
 from drd_hf.errors import UserError
-from drd_hf.evaluation import evaluate_model, finite_json, milliseconds_per_tile, protocol_of, same_labels
+from drd_hf.evaluation import same_labels
 from drd_hf.evaluation.tiles import require_size
 from drd_hf.features import gives_class_scores
-from drd_hf.models import bands_of, count_parameters, find_channels
+from drd_hf.models import find_channels
+from drd_hf.profiling import device_name
 from drd_hf.trainer import SegmentationTrainer
 
-RUN_NAME = "run.json"
 # What the folder of a run may hold, so that --overwrite never touches anything else.
 OF_A_RUN = ("config.json", RUN_NAME)
 # What a run that was interrupted before its first checkpoint may have left: half a checkpoint, logs of integrations.
@@ -103,6 +102,8 @@ def train_and_validation(splits: SegmentationSplits | StreamedSegmentationSplits
     Raises:
         UserError: a split is missing, or one that the model is to be scored on has no labels.
     """
+    if not data.evaluate_on:
+        raise UserError("--evaluate_on names no split: give at least validation")
     missing = [name for name in ("train", "validation", *data.evaluate_on) if name not in splits]
     if missing:
         raise UserError(f"{data.dataset} has no split {missing[0]!r}, only {', '.join(splits)}: see --evaluate_on")
@@ -224,7 +225,7 @@ def finish_run(
     teacher_name: str | None = None,
     base_model: str | None = None,
 ) -> dict:
-    """Save the trained model, score it, and write its card and `run.json`, which marks the run as finished.
+    """Save the trained model, score it, and write its card, pictures and examples, and `run.json`, which marks the end.
 
     Only the main process works here. A teacher that knows the same classes and the student trained alone, where given,
     are scored in the same way, for the card.
@@ -236,31 +237,20 @@ def finish_run(
         base_model: what the model started from; it is named in the card if it is a Hub id.
 
     Returns:
-        What `run.json` holds: options, versions, command, and {split: {metric: value}} for every model.
+        What `run.json` holds: options, versions, command, the facts of the card (`cards.read_facts`), and
+        {split: {metric: value}} for every model.
     """
     if not trainer.is_world_process_zero():
         return {}
     args, device = trainer.args, trainer.args.device
+    trainer.model.config.class_colors = [list(color) for color in splits.info.colors]  # read by `models.colors_of`
     _save_model(trainer)
-    model, tile_size = trainer.model, splits.info.tile_size
-    models = {"model": (model, trainer.processing_class), "teacher": teacher, "student_alone": student_alone}
-    channels = dict.fromkeys(models, args.student_channels)
-    channels["teacher"] = getattr(args, "teacher_channels", None) or args.student_channels
+    models = {"model": TrainedModel(trainer.model, trainer.processing_class, args.student_channels)}
+    if teacher is not None:
+        models["teacher"] = TrainedModel(*teacher, getattr(args, "teacher_channels", None) or args.student_channels)
     if student_alone is not None:
         found = find_channels(student_alone[0], splits.info.bands, "the student alone", default=args.student_channels)
-        channels["student_alone"] = found or args.student_channels
-    protocol = protocol_of(splits.info)
-    results = {}
-    for name, pair in models.items():
-        if pair is None or (name == "teacher" and not _scores(pair[0], splits.info.id2label)):
-            continue
-        results[name] = {
-            split: evaluate_model(
-                *pair, splits[split], args.per_device_eval_batch_size, device, channels[name], info=splits.info
-            ).compute()
-            for split in data.evaluate_on
-        }
-    (milliseconds,) = milliseconds_per_tile([model], tile_size, device)
+        models["student_alone"] = TrainedModel(*student_alone, found or args.student_channels)
     always = (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -269,9 +259,6 @@ def finish_run(
         "num_train_epochs",
     )
     run = {
-        "results": results,
-        "num_parameters": count_parameters(model),
-        "milliseconds_per_tile": {"tile_size": tile_size, "milliseconds": milliseconds, "device": device_name(device)},
         "steps": trainer.state.global_step,
         "seconds": _train_seconds(trainer),  # null if the run was resumed: only its last part is known
         "seed": args.seed,
@@ -283,56 +270,21 @@ def finish_run(
             "world_size": args.world_size,
             **changed_settings(args, type(args)),
         },
+        "hardware": device_name(device),
         "versions": versions(),
         "log": trainer.state.log_history,
     }
-    distillation = _distillation_settings(trainer)
-    bands = bands_of(model.config) or ()
-    _, mean, std, _ = normalization_of(trainer.processing_class)
-    mean, std = ((values * len(bands))[: len(bands)] for values in (mean, std))  # one value may stand for all bands
-    facts = ModelCardFacts(
+    origins = Origins(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
-        architecture=type(model).__name__,
-        num_parameters=run["num_parameters"],
-        id2label=splits.info.id2label,
-        colors=splits.info.colors,
-        bands=bands,
-        image_mean=mean,
-        image_std=std,
-        license=data.license,
-        base_model=[base_model] if hub_id(base_model) else [],
-        dataset_name=splits.info.name,
-        dataset_id=hub_id(data.dataset),
-        dataset_license="; ".join(filter(None, (splits.info.license, splits.info.terms))) or None,
+        dataset=data.dataset,
         teacher=teacher_name,
-        teacher_num_parameters=count_parameters(teacher[0]) if teacher else None,
-        results=[
-            MeasuredResult(
-                dataset=splits.info.name,
-                split=split,
-                protocol=f"{protocol}, {tile_size} px",
-                metrics=results["model"][split],
-                teacher_metrics=results.get("teacher", {}).get(split),
-                student_alone_metrics=results.get("student_alone", {}).get(split),
-            )
-            for split in data.evaluate_on
-        ],
-        distillation=distillation,
-        dual_relation=any("relation" in name for name in distillation or ()),
-        training=run["settings"],
-        seed=args.seed,
-        steps=run["steps"],
-        hardware=device_name(device),
-        versions=run["versions"],
-        command=run["command"],
-        timing=Timing(milliseconds, tile_size, device_name(device)),
+        base_model=base_model,
+        license=data.license,
+        distillation=distillation_settings(getattr(trainer, "losses", None)),
     )
-    output_dir = Path(args.output_dir)
-    write_model_card(output_dir, facts)
-    temporary = output_dir / f"{RUN_NAME}.tmp"
-    temporary.write_text(json.dumps(finite_json(run), indent=1) + "\n")
-    os.replace(temporary, output_dir / RUN_NAME)
-    return run
+    return measure_run(
+        args.output_dir, run, models, splits, data.evaluate_on, origins, args.per_device_eval_batch_size, device
+    )
 
 
 def _save_model(trainer: SegmentationTrainer) -> None:
@@ -355,8 +307,8 @@ def _train_seconds(trainer) -> float | None:
     return next((entry["train_runtime"] for entry in log if "train_runtime" in entry), None)
 
 
-def _distillation_settings(trainer) -> dict | None:
-    losses = getattr(trainer, "losses", None)
+def distillation_settings(losses) -> dict | None:
+    """The losses of a distillation as a card shows them; None without any."""
     if losses is None:
         return None
     settings = {}
@@ -365,10 +317,12 @@ def _distillation_settings(trainer) -> dict | None:
         if hasattr(loss, "relation"):
             settings["relation"] = loss.relation
         if hasattr(loss, "temperature"):
-            settings[f"{next(iter(loss.weights)).split('_')[0]} temperature"] = loss.temperature
+            settings[f"{next(iter(loss.weights)).removesuffix('_relation')} temperature"] = loss.temperature
         if loss.student_layers:
             pairs = zip(loss.student_layers, loss.teacher_layers, strict=True)
-            settings["layers (student = teacher)"] = ", ".join(f"{s} = {t}" for s, t in pairs)
+            layers = ", ".join(f"{s} = {t}" for s, t in pairs)
+            if settings.setdefault("layers (student = teacher)", layers) != layers:
+                settings[f"layers of {next(iter(loss.weights))} (student = teacher)"] = layers
     return settings
 
 
@@ -376,7 +330,7 @@ def changed_settings(values, dataclass_type) -> dict:
     """Fields of a dataclass that differ from their defaults, without paths, tokens and bookkeeping."""
     skipped = {
         "output_dir", "logging_dir", "hub_token", "push_to_hub_token", "dataset", "overwrite", "license", "disable_tqdm",
-        "resume_from_checkpoint", "report_to", "run_name", "hub_model_id", "push_to_hub", "accelerator_config", "seed",
+        "resume_from_checkpoint", "report_to", "run_name", "hub_model_id", "hub_private_repo", "push_to_hub", "accelerator_config", "seed",
         "local_rank", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "dataloader_num_workers", "evaluate_on",
         "use_cpu", "dataloader_pin_memory", "save_strategy",
     }  # fmt: skip
@@ -410,14 +364,6 @@ def command_line(argv: list[str] | None = None) -> str:
         words.append("***" if hide else f"{name}=***" if secret and equals else word)
         hide = secret and not equals
     return shlex.join(words)
-
-
-def device_name(device) -> str:
-    """A device in words for tables and cards."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _scores(teacher, id2label: dict[int, str]) -> bool:

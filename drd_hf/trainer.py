@@ -19,9 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, number_of_arguments
+from transformers.trainer_utils import HubStrategy, TrainOutput, number_of_arguments
 from transformers.training_args import ParallelMode
 
+from drd_hf.cards import RUN_NAME
 from drd_hf.checkpoints import (
     SeededDraws,
     SeededSampler,
@@ -38,9 +39,11 @@ from drd_hf.data.streaming import StreamedTiles
 from drd_hf.data.transforms import SegmentationCollator
 from drd_hf.errors import UserError
 from drd_hf.features import FeatureHooks, feature_widths, layers_in_order
-from drd_hf.losses import DistillationLoss, DualRelationLoss, PixelLogitLoss
+from drd_hf.hub import check_model_push, push_model
+from drd_hf.losses import DistillationLoss
+from drd_hf.losses.methods import METHODS, losses_from_config, parse_methods
 from drd_hf.metrics import SegmentationMetrics
-from drd_hf.models import bands_of, default_feature_layer
+from drd_hf.models import bands_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ NO_SHARDING = "DistillationTrainer runs on one device or with DDP; FSDP and Deep
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments hides the token
 class SegmentationConfig(TrainingArguments):
     """`TrainingArguments` with the defaults that segmentation needs."""
 
@@ -74,6 +77,9 @@ class SegmentationConfig(TrainingArguments):
     student_channels: list[int] | None = field(
         default=None, metadata={"help": "Channels of the tiles that the trained model reads, in order. Default: all."}
     )
+    hub_strategy: HubStrategy | str = field(
+        default="end", metadata={"help": "Stays at end: one push of the finished model, nothing before it."}
+    )
 
     # What a resumed run must share with the one that was interrupted, for its weights to be those of one run.
     kept_on_resume = (
@@ -92,6 +98,15 @@ class SegmentationConfig(TrainingArguments):
                 raise UserError(f"{name}={getattr(self, name)} must be between 0 and 2^32 - 1")
         if "length" in str(getattr(self, "train_sampling_strategy", "")) or getattr(self, "group_by_length", False):
             raise UserError("tiles have no lengths to group them by: leave train_sampling_strategy as it is")
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise UserError(
+                f"hub_strategy={self.hub_strategy.value} would publish unfinished models: leave it at end, the finished one "
+                "is pushed"
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise UserError("push_to_hub needs the repository: give hub_model_id as ORG/NAME")
+        if self.hub_revision:
+            raise UserError("hub_revision has no effect here, models are pushed to the main branch: leave it out")
         if self.logging_nan_inf_filter:
             raise UserError("logging_nan_inf_filter=True would hide a loss that is not finite: leave it off")
         if self.fp16 and self.device.type == "cpu":
@@ -104,10 +119,17 @@ class SegmentationConfig(TrainingArguments):
             raise UserError("batch_eval_metrics=False would keep every prediction in memory: leave it on")
 
 
-@dataclass
+@dataclass(repr=False)
 class DistillationConfig(SegmentationConfig):
     """What is distilled, and how strongly, beside all the arguments of `transformers.TrainingArguments`."""
 
+    method: list[str] = field(
+        default_factory=lambda: ["drd"],
+        metadata={
+            "help": f"What is distilled, one or more of {', '.join(METHODS)}, see drd_hf.losses. NAME=WEIGHT sets the weight of "
+            "a method, of one with several terms (drd, dsd, dist, afdcd) a factor on all their weights."
+        },
+    )
     spatial_relation_weight: float = field(
         default=3.0, metadata={"help": "Weight of the distance between spatial relation maps; 0 leaves it out."}
     )
@@ -115,7 +137,10 @@ class DistillationConfig(SegmentationConfig):
         default=3.0, metadata={"help": "Weight of the distance between channel relation maps; 0 leaves it out."}
     )
     logit_weight: float = field(
-        default=0.0, metadata={"help": "Weight of pixel-wise logit distillation; needs equal labels; 0 leaves it out."}
+        default=0.0,
+        metadata={
+            "help": "Weight of pixel-wise logit distillation beside the methods; needs equal labels; 0 leaves it out."
+        },
     )
     relation: str = field(
         default="cosine",
@@ -129,16 +154,17 @@ class DistillationConfig(SegmentationConfig):
     feature_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers whose relations are compared, one or more STUDENT_LAYER=TEACHER_LAYER (a single name "
+            "help": "Layers whose features are compared, one or more STUDENT_LAYER=TEACHER_LAYER (a single name "
             "means the same layer in both), with :WEIGHT behind it for another share in the mean than the 1 of the others. "
-            "Default: the layer before the classifier of each model."
+            "Default: the layer before the classifier of each model; dsd reads the end of the encoder too."
         },
     )
     resize_relations_to: int | None = field(
         default=56,
         metadata={
             "help": "Side of the square grid with as many positions as relations are compared on at most: larger feature maps "
-            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions."
+            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions. Of drd, and of "
+            "cirkd, which pools the maps by a whole number."
         },
     )
     distillation_warmup_ratio: float = field(
@@ -161,13 +187,18 @@ class DistillationConfig(SegmentationConfig):
 
     kept_on_resume = (
         *SegmentationConfig.kept_on_resume,
-        *("spatial_relation_weight", "channel_relation_weight", "logit_weight", "relation", "temperature"),
+        *("method", "spatial_relation_weight", "channel_relation_weight", "logit_weight", "relation", "temperature"),
         *("logit_temperature", "feature_layers", "resize_relations_to", "distillation_warmup_ratio"),
         *("distillation_stop_ratio", "teacher_dtype", "teacher_channels"),
     )
 
     def __post_init__(self):
         super().__post_init__()
+        self.method = [self.method] if isinstance(self.method, str) else list(self.method)
+        if "kd" in parse_methods(self.method) and self.logit_weight:
+            raise UserError(
+                f"logit_weight={self.logit_weight} and method kd are the same loss: leave one of them out, kd=WEIGHT sets its weight"
+            )
         for name in ("spatial_relation_weight", "channel_relation_weight", "logit_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be a number, 0 or above")
@@ -447,11 +478,11 @@ class SegmentationTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        push, self.args.push_to_hub, self._staging = self.args.push_to_hub, False, staging
+        self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.push_to_hub, self._staging = push, None
+            self._staging = None
         best = self.state.best_model_checkpoint
         is_best = best is not None and Path(best) == staging / name
         if is_best:
@@ -465,8 +496,60 @@ class SegmentationTrainer(Trainer):
             staging.rmdir()
             rotate(run_dir, self.args.save_total_limit, keep=[place, self.state.best_model_checkpoint or place])
         self.accelerator.wait_for_everyone()
-        if push:
-            self._push_from_checkpoint(str(place))
+
+    # Trainer makes the repository before the training, uploads the whole output folder (logs, optimizers, pickled
+    # arguments) at every checkpoint and whenever a model is saved, and replaces the card; callbacks publish logs. Here the
+    # repository and the token are only looked at before, and one commit brings the finished model, see push_model.
+
+    def init_hf_repo(self, token=None, private=None):
+        """Refuse before the training what `push_to_hub` would refuse after it. Nothing is made."""
+        self.hub_model_id, options = self.args.hub_model_id, self._push_options(token, private)
+        if self.is_world_process_zero():
+            check_model_push(self.hub_model_id, **options)
+
+    def push_to_hub(self, *, token=None, private=None, overwrite=False) -> str | None:
+        """Push what `drd_hf.runs.finish_run` wrote into `output_dir` to `args.hub_model_id`, in one commit.
+
+        What is pushed is what was scored: the model is not saved anew, so a run is to be finished before.
+
+        Args:
+            token, private: default `args.hub_token` and `args.hub_private_repo`.
+            overwrite: replace another model that is in the repository.
+
+        Returns:
+            The address of the repository; None on other processes than the main one.
+
+        Raises:
+            UserError: see `drd_hf.hub.push_model`.
+        """
+        if not self.is_world_process_zero():
+            return None
+        folder, repo_id = self.args.output_dir, self.args.hub_model_id
+        if not repo_id:
+            raise UserError("push_to_hub needs the repository: give hub_model_id as ORG/NAME")
+        if not (Path(folder) / RUN_NAME).is_file():
+            raise UserError(
+                f"{folder}: the run is not finished; call finish_run, which scores the model and writes its card"
+            )
+        try:
+            return push_model(folder, repo_id, overwrite=overwrite, **self._push_options(token, private)).url
+        except UserError as error:
+            raise UserError(
+                f"{error}; push_to_hub.py --model {folder} --repo_id {repo_id} pushes what is in the folder without "
+                "training again"
+            ) from None
+
+    def _push_options(self, token, private) -> dict:
+        return {
+            "token": token or self.args.hub_token,
+            "private": self.args.hub_private_repo if private is None else private,
+        }
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        pass
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call=True)  # else it would push
 
     # A model's loss is a mean over the labelled pixels of one batch. Where batches have different numbers of them, the
     # mean of these means is not the mean over the step, so each is weighted by its share of the step's pixels.
@@ -572,8 +655,8 @@ class DistillationTrainer(SegmentationTrainer):
         model: the student, any `AutoModelForSemanticSegmentation`.
         teacher_model: the teacher; it is put in eval mode, frozen and never saved, moved and cast once. A quantised or
             compiled teacher stays where it is and as it is.
-        losses: `DistillationLoss` objects; None builds them from `args`: `DualRelationLoss` with the configured
-            weights, and `PixelLogitLoss` where `logit_weight` is not 0.
+        losses: `DistillationLoss` objects; None builds them from `args`: those of its methods, and `PixelLogitLoss` where
+            `logit_weight` is not 0.
         teacher_processor: the teacher's image processor, if it normalises images differently from the student's.
 
     Raises:
@@ -872,43 +955,6 @@ class LossRecord:
         return means
 
 
-def losses_from_config(
-    args: DistillationConfig, student: PreTrainedModel, teacher: PreTrainedModel
-) -> list[DistillationLoss]:
-    """The losses that a `DistillationConfig` asks for."""
-    losses: list[DistillationLoss] = []
-    if args.spatial_relation_weight or args.channel_relation_weight:
-        if args.feature_layers:
-            pairs = [_layer_pair(text) for text in args.feature_layers]
-        else:
-            pairs = [(default_feature_layer(student), default_feature_layer(teacher))]
-        losses.append(
-            DualRelationLoss(
-                pairs,
-                spatial_weight=args.spatial_relation_weight,
-                channel_weight=args.channel_relation_weight,
-                relation=args.relation,
-                temperature=args.temperature,
-                resize_relations_to=args.resize_relations_to or None,
-            )
-        )
-    if args.logit_weight:
-        losses.append(PixelLogitLoss(args.logit_weight, args.logit_temperature))
-    return losses
-
-
-def _layer_pair(text: str) -> tuple[str, str] | tuple[str, str, float]:
-    layers, colon, weight = text.partition(":")
-    student, _, teacher = layers.partition("=")
-    pair = student.strip(), (teacher or student).strip()
-    if not colon:
-        return pair
-    try:
-        return *pair, float(weight)
-    except ValueError:
-        raise UserError(f"feature_layers {text!r}: {weight!r} is no number, give STUDENT=TEACHER:WEIGHT") from None
-
-
 def _transform_of(dataset):
     """What makes training items of the tiles of a split; None where it cannot be known."""
     if isinstance(dataset, StreamedTiles):
@@ -950,7 +996,7 @@ def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedM
     losses = losses_from_config(args, student, teacher) if losses is None else list(losses)
     if not losses:
         raise UserError(
-            "nothing to distil: give a relation or logit weight above 0 (train a student alone with train_teacher.py)"
+            "nothing to distil: give a method, or weights above 0 (train a student alone with train_teacher.py)"
         )
     names = [name for loss in losses for name in loss.weights]
     reserved = [name for name in names if name in ("loss", "task_loss") or name.endswith("_weighted")]
@@ -959,17 +1005,18 @@ def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedM
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise UserError(f"two losses have a term named {sorted(doubled)[0]!r}: terms need different names")
-    if any(loss.needs_logits for loss in losses):
+    scores = [name for loss in losses if loss.needs_logits for name in loss.weights]
+    if scores:
         logits = getattr(layers_in_order(teacher)[1], "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 4:  # (B, classes, h, w)
             raise UserError(
-                "logit distillation compares class scores, and the teacher has none: use relation weights only"
+                f"the loss {scores[0]!r} compares class scores, and the teacher has none: use methods that read features only"
             )
         ours, theirs = ({int(i): n for i, n in m.config.id2label.items()} for m in (student, teacher))
         if ours != theirs:
             raise UserError(
-                "logit distillation compares class scores and needs equal labels, but the student has "
-                f"{list(ours.values())} and the teacher {list(theirs.values())}: use relation weights only"
+                f"the loss {scores[0]!r} compares class scores and needs equal labels, but the student has "
+                f"{list(ours.values())} and the teacher {list(theirs.values())}: use methods that read features only"
             )
     return losses
 

@@ -1,8 +1,9 @@
-"""Distil a small student from a trained teacher with Dual Relation Distillation.
+"""Distil a small student from a trained teacher, with Dual Relation Distillation or another method.
 
 accelerate launch scripts/distill.py --config scripts/configs/scenes_upernet-mini_from_upernet-small.yaml
 python scripts/distill.py --teacher runs/teacher --student nvidia/mit-b0 --dataset data/potsdam --output_dir runs/student --max_steps 20000
 accelerate launch scripts/distill.py --config scripts/configs/potsdam_segformer-b0_from_dinov2-base.yaml
+python scripts/distill.py --config scripts/configs/scenes_upernet-mini_from_upernet-small.yaml --method drd kd=0.5 --output_dir runs/drd_kd
 """
 
 import copy
@@ -51,6 +52,9 @@ class ModelArguments(StartArguments):
     student_alone: str | None = field(
         default=None,
         metadata={"help": "Folder of the same student trained without a teacher, to be scored beside it in the card."},
+    )
+    score_teacher: bool = field(
+        default=True, metadata={"help": "Score the teacher too, for the card. false saves its time."}
     )
 
 
@@ -106,7 +110,7 @@ def main() -> None:
         splits,
         data,
         models,
-        teacher=(scored_teacher, teacher_processor),
+        teacher=(scored_teacher, teacher_processor) if models.score_teacher else None,
         student_alone=student_alone,
         teacher_name=models.teacher,
         base_model=models.pretrained_weights or models.student,
@@ -116,6 +120,8 @@ def main() -> None:
             print(
                 f"{name} on {split}: mIoU {scores['mean_iou']:.4f}, mF1 {scores['mean_f1']:.4f}, OA {scores['overall_accuracy']:.4f}"
             )
+    if args.push_to_hub and (url := trainer.push_to_hub()):
+        print(f"pushed to {url}")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def main() -> None:
         print(
             f"{split}: mIoU {scores['mean_iou']:.4f}, mF1 {scores['mean_f1']:.4f}, OA {scores['overall_accuracy']:.4f}"
         )
+    if args.push_to_hub and (url := trainer.push_to_hub()):
+        print(f"pushed to {url}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -24,6 +28,8 @@ import pytest
 TOKEN = "hf_" + "TestTokenThatMayWrite" + "0" * 13
 READ_TOKEN = "hf_" + "TestTokenThatMayRead" + "0" * 14
 USER, ORGANISATION = "tester", "org"
+# The client logs what it can, requests as curl commands. Its first versions fail to log a request, and with it.
+VERBOSE = {"HF_HUB_VERBOSITY": "debug"} | ({} if version("huggingface_hub").startswith("1.") else {"HF_DEBUG": "1"})
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".png", ".tif")
 
 
@@ -60,10 +66,11 @@ class Commit:
 
 @dataclass
 class Repo:
-    kind: str  # models or datasets
+    kind: str  # models, datasets or spaces
     name: str
     private: bool
     commits: list[Commit]
+    sdk: str | None = None  # of a Space
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -150,6 +157,80 @@ class HubServer:
     def sent(self, method: str, path: str) -> list[Request]:
         """The requests whose path matches the regular expression."""
         return [request for request in self.requests if request.method == method and re.search(path, request.path)]
+
+
+class Client:
+    """A process that answers a question a line by the program `code`; importing takes longer than most answers do.
+
+    A question is [name, options] as JSON, an answer {"said": ...} or {"error": the line of a `UserError`}. What the
+    process writes to stderr, with all logs of the Hub's client, stands in the file `log`.
+    """
+
+    def __init__(self, server: HubServer, folder: Path, code: str, *words: str):
+        self.home, self.log = folder / "home", folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=client_environment(server, self.home, TOKEN),
+            )
+
+    def ask(self, question: str, **options) -> dict:
+        print(json.dumps([question, options]), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, self.log.read_text()[-3000:]
+        return json.loads(answer)
+
+    def said(self, question: str, **options):
+        answer = self.ask(question, **options)
+        assert "said" in answer, answer
+        return answer["said"]
+
+    def refused(self, question: str, **options) -> str:
+        answer = self.ask(question, **options)
+        assert "error" in answer, answer
+        assert len(answer["error"].splitlines()) == 1
+        assert TOKEN not in answer["error"]
+        return answer["error"]
+
+    def close(self):
+        self.process.stdin.close()
+        assert self.process.wait(timeout=60) == 0
+
+
+def client_environment(server: HubServer, home: Path, token: str | None) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[1])
+    return server.environment(home, token) | {"PYTHONPATH": root} | VERBOSE
+
+
+def as_a_stranger(server: HubServer, folder: Path, code: str, *words: str, token: str | None = None):
+    """What the program `code` prints as its last line, JSON, in a new process of somebody who never had `drd_hf`.
+
+    It has the installed packages, an empty cache, and nothing of this repository: neither PYTHONPATH nor the .pth files
+    of editable installations count.
+    """
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    head = f"import sys\nsys.path += {packages!r}\ntry:\n    import drd_hf\nexcept ImportError:\n    pass\nelse:\n    sys.exit('drd_hf')\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", head + code, *words],
+        env=server.environment(folder / "home", token) | VERBOSE,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert TOKEN not in done.stdout + done.stderr
+    assert not holds_a_token(folder)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def holds_a_token(folder: Path) -> list[Path]:
+    """The files of a folder in which a token stands."""
+    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return [path for path, content in contents.items() if TOKEN.encode() in content or READ_TOKEN.encode() in content]
 
 
 @pytest.fixture(scope="module")
@@ -271,15 +352,15 @@ class _Handler(BaseHTTPRequestHandler):
             return _json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return _create(hub, request)
-        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)", path):
+        if match := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)", path):
             name = f"{match[1] or 'models/'}{match[2]}"
             return _with_repo(hub, request, name, lambda repo: _lfs(hub, request, repo, match[3]))
-        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             name = f"{match[1] or 'models/'}{match[2]}"
             return _with_repo(
                 hub, request, name, lambda repo: self._resolve(hub, repo, unquote(match[3]), unquote(match[4]))
             )
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.+))?", path):
+        if match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(.+))?", path):
             action, _, rest = (match[3] or "revision/main").partition("/")
             return _with_repo(
                 hub, request, f"{match[1]}/{match[2]}", lambda repo: _api(hub, request, query, repo, action, rest)
@@ -339,11 +420,13 @@ def _create(hub: HubServer, request: Request) -> Response:
     kind = f"{content.get('type') or 'model'}s"
     name = f"{kind}/{owner}/{content['name']}"
     url = _address(hub, kind, f"{owner}/{content['name']}")
+    if kind == "spaces" and not content.get("sdk"):
+        return _error(400, "a Space needs an sdk")
     if name in hub.repos:
         return _json({"error": "You already created this repo", "url": url}, 409)
     private = content.get("private", content.get("visibility") == "private")
     first = Commit(_commit_id(name, 0), "initial commit", {".gitattributes": b"*.parquet filter=lfs\n"}, frozenset())
-    hub.repos[name] = Repo(kind, f"{owner}/{content['name']}", bool(private), [first])
+    hub.repos[name] = Repo(kind, f"{owner}/{content['name']}", bool(private), [first], content.get("sdk"))
     return _json({"url": url, "name": f"{owner}/{content['name']}", "id": "0"})
 
 

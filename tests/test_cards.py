@@ -1,14 +1,33 @@
+import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
+import markdown_it
+import numpy as np
 import pytest
+import rasterio
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-from drd_hf.cards import MeasuredResult, ModelCardFacts, Timing, hub_id, render_model_card, write_model_card
+from drd_hf.cards import (
+    Example,
+    MeasuredResult,
+    ModelCardFacts,
+    Profile,
+    facts_from_json,
+    facts_to_json,
+    hub_id,
+    read_facts,
+    render_model_card,
+    write_model_card,
+)
 from drd_hf.errors import UserError
 
 NAN = float("nan")
@@ -32,6 +51,13 @@ RESULT = MeasuredResult(
     teacher_metrics={"mean_iou": 0.78, "overall_accuracy": 0.91},
     student_alone_metrics={"mean_iou": 0.73, "overall_accuracy": NAN},
 )
+WHOLE = MeasuredResult(
+    dataset="ISPRS Potsdam",
+    split="test",
+    protocol="protocol isprs, eroded reference, whole images",
+    metrics={"5_classes/mean_iou": 0.81, "6_classes/mean_iou": 0.76, "overall_accuracy": 0.93},
+    teacher_metrics={"5_classes/mean_iou": 0.86, "6_classes/mean_iou": None, "overall_accuracy": 0.95},
+)
 PLAIN = ModelCardFacts(
     model_name="tiny", architecture="TinyModel", num_parameters=1234, id2label={0: "building", 1: "low_vegetation"}
 )
@@ -47,11 +73,20 @@ DISTILLED = replace(
     tags=["isprs"],
     dataset_name="ISPRS Potsdam",
     dataset_id="someone/potsdam",
+    dataset_description="38 true orthophotos.",
+    tile_size=256,
+    num_tiles={"train": 3456, "test": 2016},
+    ground_sampling_distance=0.05,
+    colors_in_config=True,
     dataset_license="no redistribution, see https://www.isprs.org/terms",
     dataset_citation="Rottensteiner et al. 2012",
     teacher="/data/runs/teacher-b2/",
     teacher_num_parameters=27_000_000,
-    results=[RESULT],
+    results=[RESULT, WHOLE],
+    confusion="ISPRS Potsdam, test: whole images",
+    comparison=True,
+    curves=True,
+    examples=[Example("examples/test_1.jpg", "top_2_13 (0, 256)"), Example("examples/test_2.jpg", "top_7_13 (0, 0)")],
     distillation={"relation": "cosine", "feature_layers": ["stages.2", "stages.3"], "weights": {"spatial": 1.0}},
     training={"learning_rate": 6e-05, "output_dir": "/home/someone/my runs/out"},
     seed=0,
@@ -59,192 +94,9 @@ DISTILLED = replace(
     hardware="2 CPU cores",
     versions={"drd_hf": "0.1.0", "torch": "2.15"},
     command="accelerate launch scripts/distill.py --config scripts/configs/a.yaml --output_dir='/home/someone/my runs/out'",
-    timing=Timing(12.34, 256, "1 CPU core"),
+    profile=Profile(256, "1 CPU core", 12.34, 1_234_567_890, 123.45, 98_765_432_100),
 )
-EXPECTED = """\
----
-base_model:
-- nvidia/mit-b0
-datasets:
-- someone/potsdam
-library_name: transformers
-license: apache-2.0
-pipeline_tag: image-segmentation
-tags:
-- semantic-segmentation
-- knowledge-distillation
-- dual-relation-distillation
-- remote-sensing
-- isprs
-model-index:
-- name: someone/tiny-potsdam
-  results:
-  - task:
-      type: image-segmentation
-      name: Semantic segmentation
-    dataset:
-      name: ISPRS Potsdam
-      type: someone/potsdam
-      split: test
-    metrics:
-    - type: mean_iou
-      value: 0.75321
-      name: mIoU (test, tiles of 256, each pixel once)
-    - type: mean_f1
-      value: 0.85
-      name: mean F1 (test, tiles of 256, each pixel once)
-    - type: mean_accuracy
-      value: 0.84
-      name: mean accuracy (test, tiles of 256, each pixel once)
-    - type: overall_accuracy
-      value: 0.9
-      name: overall accuracy (test, tiles of 256, each pixel once)
-    - type: kappa
-      value: 0.87
-      name: Cohen's kappa (test, tiles of 256, each pixel once)
-    - type: iou_building
-      value: 0.8
-      name: IoU of building (test, tiles of 256, each pixel once)
-    - type: iou_low_vegetation
-      value: 0.70642
-      name: IoU of low_vegetation (test, tiles of 256, each pixel once)
-    - type: f1_building
-      value: 0.89
-      name: F1 of building (test, tiles of 256, each pixel once)
-    - type: f1_low_vegetation
-      value: 0.81
-      name: F1 of low_vegetation (test, tiles of 256, each pixel once)
-    - type: accuracy_building
-      value: 0.9
-      name: accuracy of building (test, tiles of 256, each pixel once)
----
-
-# someone/tiny-potsdam
-
-A semantic segmentation model for aerial images: `TinyModel` with 1,234 parameters, trained on [ISPRS Potsdam](https://huggingface.co/datasets/someone/potsdam), distilled from teacher-b2 (27,000,000 parameters) with Dual Relation Distillation.
-It is an ordinary `transformers` checkpoint: nothing else is needed to use it.
-
-## Results
-
-Scores are fractions of 1, from one confusion matrix over all counted pixels. All columns of a table were measured with the same protocol. "Student alone" is the same model trained without a teacher.
-
-**ISPRS Potsdam, test: tiles of 256, each pixel once**
-
-| | This model | Teacher | Student alone |
-|---|---:|---:|---:|
-| mIoU | 0.7532 | 0.7800 | 0.7300 |
-| mean F1 | 0.8500 | – | – |
-| mean accuracy | 0.8400 | – | – |
-| overall accuracy | 0.9000 | 0.9100 | – |
-| Cohen's kappa | 0.8700 | – | – |
-| parameters | 1,234 | 27,000,000 | 1,234 |
-
-| Class | IoU | F1 | accuracy |
-|---|---:|---:|---:|
-| building | 0.8000 | 0.8900 | 0.9000 |
-| low_vegetation | 0.7064 | 0.8100 | – |
-
-One tile of 256 x 256 pixels takes 12.3 ms (measured on 1 CPU core).
-
-## Classes
-
-| Label | Class | Colour (RGB) |
-|---:|---|---|
-| 0 | building | 0, 0, 255 |
-| 1 | low_vegetation | 0, 255, 255 |
-
-Pixels with the label 255 were ignored.
-
-## Input
-
-8-bit images with these 3 bands in this order; the image processor scales values to 0..1 and normalises each band. The names are in `config.json` as `bands`.
-
-| | Band | mean | standard deviation |
-|---:|---|---:|---:|
-| 1 | near_infrared | 0.5000 | 0.2000 |
-| 2 | red | 0.2500 | 0.2000 |
-| 3 | green | 0.1250 | 0.1000 |
-
-## How it was distilled
-
-Dual Relation Distillation aligns the spatial and channel relation maps of the student's features with those of the teacher's. It is needed in training only and costs nothing at inference.
-
-| Setting | Value |
-|---|---|
-| relation | `cosine` |
-| feature_layers | `stages.2, stages.3` |
-| weights | `spatial: 1.0` |
-
-This is an independent implementation. The abstract of the paper does not give its exact settings; the settings of this model are our own.
-
-## How it was trained
-
-| Setting | Value |
-|---|---|
-| learning_rate | `6e-05` |
-| output_dir | `out` |
-| steps | `100` |
-| seed | `0` |
-
-Hardware: 2 CPU cores.
-
-Versions: drd_hf 0.1.0, torch 2.15.
-
-```bash
-accelerate launch scripts/distill.py --config scripts/configs/a.yaml --output_dir='out'
-```
-
-## How to use
-
-```python
-from transformers import pipeline
-
-segment = pipeline("image-segmentation", model="someone/tiny-potsdam")
-for region in segment("tile.png"):
-    print(region["label"], region["mask"].size)
-```
-
-or, for a map of class ids,
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
-
-processor = AutoImageProcessor.from_pretrained("someone/tiny-potsdam")
-model = AutoModelForSemanticSegmentation.from_pretrained("someone/tiny-potsdam").eval()
-image = Image.open("tile.png").convert("RGB")
-with torch.inference_mode():
-    outputs = model(**processor(images=image, return_tensors="pt"))
-label = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]  # (H, W) class ids
-```
-
-Pictures are read with near_infrared, red, green in the place of red, green, blue, at their native resolution. Cut large pictures into tiles, or let `drd_hf.predict_image` do it.
-
-## Limits
-
-- The model knows only the classes above. Other sensors, bands, ground sampling distances, regions and seasons than those named here were not tested: measure before you rely on it.
-- Resample pictures with another ground sampling distance to that of the training data.
-- Scores depend on the protocol (tiles, borders, classes in the mean); compare only numbers with the same one.
-
-## Terms of the data
-
-Terms of ISPRS Potsdam: no redistribution, see https://www.isprs.org/terms
-
-Cite the data as: Rottensteiner et al. 2012
-
-## Citation
-
-```bibtex
-@misc{li2025dualrelation,
-  title  = {Building Lightweight Semantic Segmentation Models for Aerial Images Using Dual Relation Distillation},
-  author = {Li and Shan and Wang and Lv and Luo and Chen},
-  year   = {2025},
-  eprint = {2506.20688},
-  archivePrefix = {arXiv},
-}
-```
-"""
+EXPECTED = (Path(__file__).parent / "data" / "model_card.md").read_text(encoding="utf-8")
 
 
 def headings(card):
@@ -267,7 +119,16 @@ def test_sections_without_facts_vanish():
 
 
 def test_a_model_trained_without_a_teacher_does_not_speak_of_distillation():
-    card = render_model_card(replace(DISTILLED, distillation=None, teacher=None, results=[], model_name="plain"))
+    card = render_model_card(
+        replace(
+            DISTILLED,
+            distillation=None,
+            teacher=None,
+            results=[],
+            model_name="plain",
+            profile=Profile(256, "cpu", 1.0),
+        )
+    )
     assert not re.search("distill(ed|ation)|teacher|2506.20688", card.replace("scripts/distill.py", ""), re.IGNORECASE)
     assert "Citation" not in headings(card)
 
@@ -282,11 +143,20 @@ def test_a_model_distilled_with_other_losses_does_not_claim_the_method():
 @pytest.mark.parametrize(
     ("facts", "gone"),
     [
-        ({"results": [], "timing": None}, ["Results"]),
+        ({"results": [], "confusion": None}, ["Results"]),
+        ({"profile": None}, ["Size and speed"]),
         ({"bands": (), "image_mean": (), "image_std": ()}, ["Input"]),
         ({"dataset_license": None, "dataset_citation": None}, ["Terms of the data"]),
         (
-            {"training": {}, "seed": None, "steps": None, "hardware": None, "versions": {}, "command": None},
+            {
+                "training": {},
+                "seed": None,
+                "steps": None,
+                "hardware": None,
+                "versions": {},
+                "command": None,
+                "curves": False,
+            },
             ["How it was trained"],
         ),
     ],
@@ -297,7 +167,7 @@ def test_only_the_section_whose_facts_are_missing_vanishes(facts, gone):
     assert "\n\n\n" not in card
 
 
-@pytest.mark.parametrize("facts", [{"dataset_license": None}, {"dataset_citation": None}, {"timing": None}])
+@pytest.mark.parametrize("facts", [{"dataset_license": None}, {"dataset_citation": None}, {"profile": None}])
 @pytest.mark.parametrize("more", [{}, {"distillation": {}}, {"colors": None}, {"command": None}, {"training": {}}])
 def test_blank_lines_stay_single_whichever_fact_is_missing(facts, more):
     card = render_model_card(replace(DISTILLED, **facts, **more))
@@ -305,9 +175,13 @@ def test_blank_lines_stay_single_whichever_fact_is_missing(facts, more):
     assert all(card[m.start() - 2 : m.start()] == "\n\n" for m in re.finditer("^## ", card, re.MULTILINE))
 
 
-def test_a_teacher_on_the_hub_is_linked():
-    card = render_model_card(replace(DISTILLED, teacher="someone/teacher"))
+def test_a_teacher_on_the_hub_is_linked_and_its_place_among_the_base_models_explained():
+    card = render_model_card(replace(DISTILLED, teacher_id="someone/teacher"))
     assert "distilled from [someone/teacher](https://huggingface.co/someone/teacher)" in card
+    assert "no relation of its own for distillation" in card
+    assert "no relation of its own" not in render_model_card(DISTILLED)
+    same = replace(DISTILLED, teacher_id="someone/teacher", base_model=["someone/teacher"])
+    assert "no weight of it" not in render_model_card(same)  # the student started from its teacher
 
 
 NASTY = "# a|b\n---\n{{ 7 * 7 }} {% if %} \"q\" 'p' `c` <b>*_x_* [l](u) # é 🛰"
@@ -343,7 +217,7 @@ def test_nasty_text_does_not_leave_its_place_in_the_text():
     settings = {NASTY: NASTY, "list": [NASTY]}
     facts = replace(
         DISTILLED, **nasty, id2label={0: NASTY, 1: "x"}, results=[result], distillation=settings, training=settings,
-        versions=settings, timing=Timing(1.0, 256, NASTY),
+        versions=settings, profile=Profile(256, NASTY, 1.0),
     )  # fmt: skip
     text = ModelCard(render_model_card(facts)).text
     assert headings(text) == headings(EXPECTED)
@@ -355,6 +229,69 @@ def test_nasty_text_does_not_leave_its_place_in_the_text():
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row of a table has as many cells as its head
         cells = [len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()]
         assert len(set(cells)) == 1, block
+
+
+# Whatever looks like a piece of Markdown, HTML, YAML or jinja, between letters.
+PIECES = [
+    *"`~|\\<>[]()!*_#-+=\"':;&$%@{}/.,\n\r\t\v\f\x00\x1b\x85\u2028\u2029\ufeff aZ0é🛰",
+    "\n---\n", "\n...\n", "```", "~~~", "\n## x\n", "<script>", "</code>", "<!--", "&#124;", "\\|", "$$", "\\(", "{{ 7 * 7 }}",
+    "{% raw %}", "\n\n", "- ", "1. ", "!!python/object:x", "? ", "null", "~", "www.a.org", "[a]: b", "\n    ", "http://a.org/",
+]  # fmt: skip
+ANYTHING = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
+
+
+def filled_with(texts):
+    """Facts in which every text of a user is one of `texts`, six of them that differ."""
+    one, two, three, four, five, six = texts
+    scores = {"mean_iou": 0.5, f"iou_{one}": 0.25, five: 1.0, f"5_classes/{six}": 0.125}
+    result = MeasuredResult(one, two, three, scores, {"mean_iou": 0.75}, {"mean_iou": None})
+    return replace(
+        DISTILLED, model_name=one, architecture=two, id2label={0: one, 1: two}, license=three, tags=[four],
+        dataset_name=one, dataset_id=None, dataset_description=two, dataset_license=three, dataset_citation=four,
+        teacher=five, bands=[one, two, three], results=[result], confusion=six, hardware=four, command=five,
+        examples=[Example("examples/test_1.jpg", six)], distillation={one: two, "list": [three, {four: five}]},
+        training={two: one, three: four}, versions={five: six}, num_tiles={two: 3},
+        profile=Profile(256, six, 1.0, 2, 3.0, 4),
+    )  # fmt: skip
+
+
+def skeleton(text):
+    """The structure of a Markdown text, without its words: blocks, and what is no plain text within a line."""
+    plain = {"text", "code_inline", "softbreak", "text_special", "linkify"}
+    found = []
+    for token in markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(text):
+        inline = [
+            t.type for t in token.children or () if t.type not in plain and t.content not in ("<code>", "</code>")
+        ]
+        found.append((token.type, token.tag, token.markup[:3], token.info, tuple(inline)))
+    return found
+
+
+TAME = ModelCard(render_model_card(filled_with(["a b", "c d", "e f", "g h", "i j", "k l"])))
+SKELETON = skeleton(TAME.text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(ANYTHING.filter(lambda text: text.strip()), min_size=6, max_size=6, unique_by=lambda t: t.strip())
+)
+def test_no_text_of_a_user_changes_the_structure_of_the_card(texts):
+    card = render_model_card(filled_with([*texts]))
+    assert skeleton(ModelCard(card, ignore_metadata_errors=True).text) == SKELETON
+    metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
+    assert metadata.keys() == TAME.data.to_dict().keys()
+    assert metadata["license"] == texts[2] and metadata["tags"][-1] == texts[3]
+    assert metadata["widget"] == [{"src": "examples/test_1.jpg", "example_title": texts[5]}]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(ANYTHING.filter(lambda text: text.strip()), min_size=6, max_size=6, unique_by=lambda t: t.strip())
+)
+def test_facts_that_were_kept_give_the_same_card(texts):
+    facts = filled_with([*texts])
+    kept = json.loads(json.dumps(facts_to_json(facts), allow_nan=False))
+    assert render_model_card(facts_from_json(kept)) == render_model_card(facts)
 
 
 def test_a_command_with_a_fence_stays_in_its_fence():
@@ -380,7 +317,7 @@ def test_paths_of_the_machine_are_cut_to_their_last_name(path, shown):
         DISTILLED, model_name=path, teacher=path, base_model=[path], dataset_name=path, hardware=f"at {path!r}",
         distillation={"teacher": path, "list": [path]}, training={"output_dir": path}, versions={"drd_hf": path},
         dataset_license=f"see '{path}'", command=f"python a.py --out '{path}' --again=\"{path}\"",
-        results=[replace(RESULT, dataset=path, split=path, protocol=f"from '{path}'")], timing=Timing(1, 1, f"'{path}'"),
+        results=[replace(RESULT, dataset=path, split=path, protocol=f"from '{path}'")], profile=Profile(1, f"'{path}'", 1),
     )  # fmt: skip
     card = render_model_card(facts)
     assert not re.search(r"jane|secret|/b/|Users|file:", card)
@@ -400,9 +337,35 @@ def test_a_relative_folder_is_no_hub_id(tmp_path, monkeypatch):
     assert hub_id("runs/teacher") == "runs/teacher"
     os.makedirs("runs/teacher")
     assert hub_id("runs/teacher") is None
-    card = render_model_card(replace(DISTILLED, teacher="runs/teacher", base_model=["runs/teacher"]))
-    assert "distilled from teacher (" in card and "base_model" not in card and "runs/teacher" not in card
     assert hub_id("teacher") is None and hub_id(None) is None and hub_id("a/b/c") is None
+
+
+def test_the_card_is_the_same_wherever_it_is_rendered(tmp_path, monkeypatch):
+    # It changed with the folder it was rendered in: a Hub id was no link where a folder of that name was.
+    facts = replace(DISTILLED, teacher_id="someone/teacher")
+    here = render_model_card(facts)
+    monkeypatch.chdir(tmp_path)
+    for name in (*facts.base_model, facts.teacher_id, facts.dataset_id):
+        if "//" not in name and not name.startswith("/"):
+            os.makedirs(name)
+    assert render_model_card(facts) == here
+
+
+@pytest.mark.parametrize(
+    ("start", "teacher_id", "expected"),
+    [
+        (["nvidia/mit-b0"], None, ["nvidia/mit-b0"]),
+        (["nvidia/mit-b0"], "someone/teacher", ["nvidia/mit-b0", "someone/teacher"]),
+        ([], "someone/teacher", ["someone/teacher"]),
+        (["someone/teacher"], "someone/teacher", ["someone/teacher"]),
+        (["/home/me/checkpoint-5"], None, None),
+    ],
+)
+def test_base_models_are_the_start_and_the_teacher_and_never_a_merge(start, teacher_id, expected):
+    # Without base_model_relation the Hub takes a list of two for a merge.
+    data = ModelCard(render_model_card(replace(DISTILLED, base_model=start, teacher_id=teacher_id))).data
+    assert data.base_model == expected
+    assert data.get("base_model_relation") == ("finetune" if expected else None)
 
 
 def test_two_protocols_of_one_split_are_told_apart_by_name():
@@ -441,6 +404,43 @@ def test_every_class_needs_a_colour():
         render_model_card(replace(PLAIN, colors=[(0, 0, 0)]))
 
 
+def test_kept_facts_are_the_same_facts(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"results": {}, "card": facts_to_json(DISTILLED)}))
+    facts = read_facts(tmp_path)
+    assert render_model_card(facts) == EXPECTED
+    for entry in fields(ModelCardFacts):  # each is kept, also one that this card does not show
+        default = PLAIN if entry.name in ("tags", "results") else DISTILLED
+        assert (getattr(facts, entry.name) == getattr(PLAIN, entry.name)) == (
+            getattr(default, entry.name) == getattr(PLAIN, entry.name)
+        ) or getattr(facts, entry.name), entry.name
+    renamed = replace(facts, model_name="org/other")
+    assert render_model_card(renamed) == EXPECTED.replace("someone/tiny-potsdam", "org/other")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no finished run, it has no run.json"),
+        ("{", "run.json: is damaged"),
+        ("[]", "run.json: is no record of a run"),
+        ('{"results": {}}', "an older version finished this run and kept no facts .* make_card.py --run .* --dataset"),
+        ('{"card": {"model_name": "x"}}', "damaged or of another version .* make_card.py"),
+        ('{"card": []}', "damaged or of another version"),
+        (json.dumps({"card": facts_to_json(PLAIN) | {"colour": 1}}), "damaged or of another version .*colour"),
+        (json.dumps({"card": facts_to_json(PLAIN) | {"id2label": {"1": "a"}}}), "other keys than 0..K-1"),
+        (json.dumps({"card": facts_to_json(PLAIN) | {"model_name": 5}}), "model_name is 5"),
+    ],
+)
+def test_a_folder_without_facts_is_refused_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        read_facts(tmp_path)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="there is no such folder"):
+        read_facts(tmp_path / "nothing")
+
+
 def test_write_replaces_the_card_and_leaves_nothing_else(tmp_path):
     folder = tmp_path / "model"
     write_model_card(folder, PLAIN)
@@ -467,10 +467,17 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
     SegformerImageProcessor(do_resize=False).save_pretrained("tiny")
     Image.new("RGBA", (96, 64)).save("tile.png")
     blocks = re.findall(r"```python\n(.*?)```", render_model_card(PLAIN), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    with rasterio.open(
+        "orthophoto.tif", "w", driver="GTiff", width=70, height=50, count=3, dtype="uint8",
+        crs="EPSG:32633", transform=rasterio.Affine(0.5, 0, 500000, 0, -0.5, 5800000),
+    ) as file:  # fmt: skip
+        file.write(np.zeros((3, 50, 70), np.uint8))
     names = {}
     for block in blocks:
         exec(block, names)
     assert "(96, 64)" in capsys.readouterr().out
     assert tuple(names["label"].shape) == (64, 96)
     assert not torch.is_floating_point(names["label"])
+    with rasterio.open("classes.tif") as file:
+        assert file.shape == (50, 70) and file.crs == "EPSG:32633" and set(np.unique(file.read(1))) <= set(id2label)

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,15 @@ from drd_hf.data.scenes import SCENES, SceneReader, scene_records
 from drd_hf.errors import UserError
 from drd_hf.hub import push_dataset
 
-from .hub_server import READ_TOKEN, TOKEN, HubServer, hub  # noqa: F401  (hub is a fixture)
+from .hub_server import (  # noqa: F401  (hub is a fixture)
+    READ_TOKEN,
+    TOKEN,
+    Client,
+    as_a_stranger,
+    client_environment,
+    holds_a_token,
+    hub,
+)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_dataset.py"
@@ -32,7 +39,8 @@ from dataclasses import replace
 from drd_hf import hub
 from drd_hf.data.scenes import SCENES
 from drd_hf.errors import UserError
-hub.PAUSE = 0.05
+from drd_hf.hub import client
+client.PAUSE = 0.05
 
 def check(facts, **options):
     hub.check_push(replace(SCENES, **facts), **options)
@@ -44,7 +52,8 @@ def script(words):
         try:
             runpy.run_path(sys.orig_argv[-1], run_name="__main__")
         except SystemExit as end:
-            return {"error": err.getvalue().splitlines()[-1], "status": end.code}  # below the progress bars
+            assert end.code == 2, end.code
+            return {"error": err.getvalue().splitlines()[-1]}  # below the progress bars
     return {"said": out.getvalue()}
 
 for line in sys.stdin:
@@ -84,88 +93,48 @@ if options:
     answers["streamed"] = told(private, streaming=True)
 print(json.dumps(answers))
 """
-MODEL_USER = """
-import json, sys
+
+
+# Reads a dataset with nothing but the library `datasets`.
+STRANGER = """
+import json
 import numpy as np
-from PIL import Image
-from huggingface_hub import HfApi
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
-api = HfApi()
-api.create_repo("org/student", private=True)
-api.upload_folder(repo_id="org/student", folder_path=sys.argv[1])
-model = AutoModelForSemanticSegmentation.from_pretrained("org/student")
-AutoImageProcessor.from_pretrained("org/student")
-tile = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 112, 3), np.uint8))
-masks = pipeline("image-segmentation", model="org/student")(tile)
-print(json.dumps([sum(p.double().sum().item() for p in model.parameters()), sorted({m["mask"].size for m in masks})]))
-assert "drd_hf" not in sys.modules
+from datasets import load_dataset
+found = {}
+for name, rows in load_dataset(sys.argv[1]).items():
+    sums = [int(np.asarray(rows[0][column], np.int64).sum()) for column in ("image", "label")]
+    found[name] = [len(rows), *sums]
+first = next(iter(load_dataset(sys.argv[1], split="train", streaming=True)))
+found["streamed"] = [first["image"].mode, first["label"].mode]
+print(json.dumps(found))
 """
 
 
-def client_environment(server: HubServer, home: Path, token: str | None) -> dict[str, str]:
-    return server.environment(home, token) | {"PYTHONPATH": str(ROOT), "HF_HUB_VERBOSITY": "debug"}
-
-
-class Pusher:
-    """One client process for all pushes of this module: importing takes longer than they do."""
-
-    def __init__(self, server: HubServer, folder: Path):
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PUSHER, str(SCRIPT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=client_environment(server, folder / "home", TOKEN),
-            )
-
-    def ask(self, question: str, **options) -> dict[str, str]:
-        print(json.dumps([question, options]), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        assert answer, self.log.read_text()[-3000:]
-        return json.loads(answer)
+class Pusher(Client):
+    """One client process for all pushes of this module."""
 
     def push(self, folder: Path, repo_id: str, **options) -> str:
-        answer = self.ask("push", folder=str(folder), repo_id=repo_id, **options)
-        assert "said" in answer, answer
-        return answer["said"]
+        return self.said("push", folder=str(folder), repo_id=repo_id, **options)
 
     def refusal(self, folder: Path, repo_id: str, **options) -> str:
-        return self._refused(self.ask("push", folder=str(folder), repo_id=repo_id, **options))
+        return self.refused("push", folder=str(folder), repo_id=repo_id, **options)
 
     def check(self, repo_id: str, facts: dict | None = None, **options) -> None:
-        answer = self.ask("check", facts=facts or {}, repo_id=repo_id, **options)
-        assert answer == {"said": None}
+        assert self.said("check", facts=facts or {}, repo_id=repo_id, **options) is None
 
     def checked_refusal(self, repo_id: str, facts: dict | None = None, **options) -> str:
-        return self._refused(self.ask("check", facts=facts or {}, repo_id=repo_id, **options))
+        return self.refused("check", facts=facts or {}, repo_id=repo_id, **options)
 
     def script(self, *words) -> str:
-        answer = self.ask("script", words=[str(word) for word in words])
-        assert "said" in answer, answer
-        return answer["said"]
+        return self.said("script", words=[str(word) for word in words])
 
     def script_refusal(self, *words) -> str:
-        answer = self.ask("script", words=[str(word) for word in words])
-        assert answer.get("status") == 2, answer
-        return self._refused(answer)
-
-    def _refused(self, answer: dict[str, str]) -> str:
-        assert "error" in answer, answer
-        assert len(answer["error"].splitlines()) == 1
-        assert TOKEN not in answer["error"]
-        return answer["error"]
-
-    def close(self):
-        self.process.stdin.close()
-        assert self.process.wait(timeout=60) == 0
+        return self.refused("script", words=[str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
 def pusher(hub, tmp_path_factory):  # noqa: F811
-    pusher = Pusher(hub, tmp_path_factory.mktemp("pusher"))
+    pusher = Pusher(hub, tmp_path_factory.mktemp("pusher"), PUSHER, str(SCRIPT))
     yield pusher
     pusher.close()
 
@@ -275,7 +244,17 @@ def test_pushed_tiles_load_in_another_process_and_only_for_who_may_see_them(hub,
     assert len(answers["private without a token"]["error"].splitlines()) == 1
     reads = [request for request in hub.requests[sent_before:] if request.to_cdn]
     assert reads and all(request.authorization is None for request in reads)
-    assert not [path for path in home.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not holds_a_token(home)
+
+
+def test_a_stranger_loads_the_dataset_without_this_package(hub, pusher, scenes, tmp_path):  # noqa: F811
+    pusher.push(scenes, "org/plain")
+    found = as_a_stranger(hub, tmp_path, STRANGER, "org/plain")
+    assert found.pop("streamed") == ["RGB", "L"]
+    assert found == {
+        split: [len(rows)] + [int(np.asarray(rows[0][column], np.int64).sum()) for column in ("image", "label")]
+        for split, rows in load_splits(scenes).items()
+    }
 
 
 def test_dataset_that_may_not_be_shared_sends_nothing(hub, pusher, restricted):  # noqa: F811
@@ -598,29 +577,4 @@ def test_token_goes_to_the_hub_alone_and_into_no_log(hub, pusher, dataset):  # n
     log = pusher.log.read_text()
     assert "org/secret" in log  # the client did log what it did
     assert TOKEN not in log and READ_TOKEN not in log
-    home = pusher.log.parent / "home"
-    assert not [path for path in home.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
-
-
-def test_model_folder_is_served_to_transformers(hub, tmp_path):  # noqa: F811
-    from transformers import SegformerImageProcessor
-
-    from .conftest import tiny_model
-
-    model = tiny_model("segformer")
-    model.save_pretrained(tmp_path / "student")
-    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "student")
-
-    done = subprocess.run(
-        [sys.executable, "-c", MODEL_USER, str(tmp_path / "student")],
-        env=hub.environment(tmp_path / "home") | {"PYTHONPATH": os.devnull},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-
-    assert done.returncode == 0, done.stderr[-3000:]
-    total, sizes = json.loads(done.stdout.splitlines()[-1])
-    assert total == pytest.approx(sum(p.double().sum().item() for p in model.parameters()))
-    assert sizes == [[112, 80]]
-    assert hub.repos["models/org/student"].private
+    assert not holds_a_token(pusher.home)

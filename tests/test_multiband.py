@@ -194,7 +194,7 @@ def test_plain_transformers_and_predict_image_agree_on_a_geotiff(project, tmp_pa
     with rasterio.open("tile.tif", "w", **profile, transform=rasterio.Affine(0.1, 0, 3e5, 0, -0.1, 5e6)) as file:
         file.write(image.transpose(2, 0, 1))
     card = (project / "teacher" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {}
     exec(code.replace('"teacher"', repr(str(project / "teacher"))), names)  # the code of the card
     model, processor = load_teacher(str(project / "teacher")), load_image_processor(str(project / "teacher"))

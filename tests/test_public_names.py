@@ -32,7 +32,7 @@ def test_every_import_of_the_package_is_a_declared_dependency():
     settings = (ROOT / "setup.cfg").read_text()
     blocks = [
         re.search(rf"^{key} =\n((?:    .+\n)+)", settings, re.M).group(1)
-        for key in ("install_requires", "onnx", "vector")
+        for key in ("install_requires", "onnx", "vector", "space")
     ]
     declared = {re.split(r"[<>=]", line.strip())[0].lower().replace("-", "_") for line in "".join(blocks).splitlines()}
     names = {"pyyaml": "yaml", "pillow": "PIL"}

@@ -1,17 +1,32 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import (
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    ViTConfig,
+    ViTModel,
+)
 
 from drd_hf.arguments import parse_arguments
+from drd_hf.cards import read_facts, render_model_card
+from drd_hf.cards.measure import Origins, TrainedModel, ground_sampling_distance, measure_run, training_curves
+from drd_hf.data import ISPRS_CLASSES, POTSDAM, SourceHeader, SourceImage, load_splits, prepare_dataset
 from drd_hf.errors import UserError
 from drd_hf.evaluation import finite_json
 from drd_hf.models import load_student
+from drd_hf.plots import CURVE_COLORS
 from drd_hf.runs import DataArguments, changed_settings, check_output_dir, check_sizes, command_line
 from drd_hf.trainer import DistillationConfig, SegmentationConfig
 
@@ -145,3 +160,152 @@ def test_models_of_one_image_size_are_refused_before_the_training(tmp_path):
     check_sizes(info, data, free, fixed)
     with pytest.raises(UserError, match="the student meets crops of 1: SegformerFor"):
         check_sizes(info, DataArguments(crop_size=1), free)
+
+
+class Towns:
+    """Two towns for each split, four tiles each, with both references of ISPRS."""
+
+    bands = ("red", "green", "blue")
+
+    def header(self, record):
+        return SourceHeader(f"town{record} <b>|", 128, 128, str(record), eroded=True, georeferenced=True)
+
+    def read(self, record):
+        label = np.kron(np.random.default_rng(record).integers(0, 6, (4, 4)), np.ones((32, 32))).astype(np.uint8)
+        eroded = label.copy()
+        eroded[::32] = eroded[:, ::32] = 255
+        place = {"crs": "EPSG:32633", "transform": (0.2, 0, 4e5, 0, -0.2, 5e6)}
+        return SourceImage(f"town{record} <b>|", np.repeat(label[..., None] * 40, 3, axis=2), label, eroded, **place)
+
+
+@pytest.fixture(scope="module")
+def towns(tmp_path_factory):
+    output, facts = tmp_path_factory.mktemp("towns") / "tiles", replace(POTSDAM.dataset, license=None)
+    sources = {"train": [0], "validation": [1, 2], "test": [3, 4]}
+    prepare_dataset(sources, Towns(), facts, output, tile_size=64, stride=64)
+    return load_splits(output)
+
+
+def segformer(width):
+    names = {i: c.name for i, c in enumerate(ISPRS_CLASSES)}
+    torch.manual_seed(width)
+    sizes = {"hidden_sizes": [8 * width] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    config = SegformerConfig(**sizes, decoder_hidden_size=16, id2label=names)
+    return TrainedModel(SegformerForSemanticSegmentation(config), SegformerImageProcessor(do_resize=False))
+
+
+RUN = {
+    "steps": 3, "seconds": 1.0, "seed": 0, "command": "python scripts/distill.py", "settings": {"learning_rate": 0.1},
+    "hardware": "a GPU", "versions": {"torch": "2"},
+    "log": [{"loss": 2.0, "spatial_relation": 0.5, "spatial_relation_weighted": 1.0, "step": 1}, {"eval_mean_iou": 0.5, "step": 2}],
+}  # fmt: skip
+MODELS = {"model": segformer(1), "teacher": segformer(2), "student_alone": segformer(1)}
+
+
+def describe(folder, splits, models=MODELS, **origins):
+    folder.mkdir(exist_ok=True)
+    return measure_run(
+        folder, RUN, models, splits, ["validation", "test"], Origins("tiny", "nowhere", **origins), 4, "cpu"
+    )
+
+
+def test_a_run_on_data_that_may_not_be_shared_has_its_scores_by_protocol_and_no_pixel(towns, tmp_path):
+    run = tmp_path / "run"
+    (run / "examples").mkdir(parents=True)  # of the run before, on other data
+    (run / "examples" / "test_1.jpg").write_bytes(b"")
+    described = describe(
+        run, towns, teacher="someone/teacher", base_model="nvidia/mit-b0", distillation={"relation": 1}
+    )
+    assert {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()} == {
+        "README.md", "run.json", "figures/confusion.png", "figures/curves.png",
+    }  # fmt: skip
+    card = ModelCard.load(run / "README.md")
+    names = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    windows = "whole images, blended windows of 64 px that overlap by 25%, each pixel once"
+    for reference in ("full", "eroded"):
+        for group in ("5_classes", "6_classes"):
+            value = described["whole_images"]["model"]["test"][f"isprs/{reference}/{group}/mean_iou"]
+            number = group[0]
+            key = f"mIoU over {number} classes (test, protocol isprs, {reference} reference, {windows})"
+            assert names[key] == value
+    tiles = "tiles, each pixel once, full reference, 64 px"
+    assert names[f"mIoU (test, {tiles})"] == described["results"]["model"]["test"]["mean_iou"]
+    assert f"mIoU (validation, {tiles})" in names and not any("validation, protocol" in name for name in names)
+    assert card.data.base_model == ["nvidia/mit-b0", "someone/teacher"]
+    assert "A pixel of the training tiles is 5 cm wide" in card.text and "38 true orthophotos" in card.text
+    assert "2d-sem-label-potsdam" in card.text and "must not be handed on" in card.text
+    assert "| 10⁹ operations |" in card.text and str(tmp_path) not in card.content
+    assert (run / "README.md").read_text(encoding="utf-8") == render_model_card(read_facts(run))
+
+
+def test_examples_are_tiles_of_the_test_split_and_the_widget_names_them(towns, tmp_path):
+    run = tmp_path / "run"
+    towns.info = replace(towns.info, may_be_shared=True)
+    try:
+        describe(run, towns)
+    finally:
+        towns.info = replace(towns.info, may_be_shared=False)
+    card = ModelCard.load(run / "README.md")
+    assert len(card.data.widget) == 3
+    for entry in card.data.widget:
+        assert re.fullmatch(r"town[34] <b>\| \(\d+, \d+\)", entry["example_title"])
+        with Image.open(run / entry["src"]) as image:
+            assert image.size == (64, 64)
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+        assert (run / name).is_file()
+    assert "figures/examples.png" in card.text
+
+
+def test_a_teacher_of_other_classes_is_profiled_and_not_scored(towns, tmp_path):
+    other = segformer(2)
+    other.model.config.id2label = {i: f"thing {i}" for i in range(6)}
+    run = describe(tmp_path / "run", towns, {"model": MODELS["model"], "teacher": other})
+    assert set(run["results"]) == {"model"} and set(run["profile"]) == {"model", "teacher"}
+
+
+def test_a_teacher_that_takes_crops_alone_does_not_end_the_run(towns, tmp_path):
+    # An encoder of one image size had taught on crops of it; a tile has another one.
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16))
+    run = describe(tmp_path / "run", towns, {"model": MODELS["model"], "teacher": TrainedModel(encoder, None)})
+    assert set(run["profile"]) == {"model"} and run["card"]["teacher_num_parameters"] > 0
+
+
+def test_a_run_that_fails_while_it_is_described_is_not_finished(towns, tmp_path, monkeypatch):
+    # `run.json` marks a finished run: it must come last, and nothing half-written may be left.
+    monkeypatch.setattr("drd_hf.cards.measure.curves_picture", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        describe(tmp_path / "run", towns)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_ground_sampling_distance_follows_the_facts_the_scale_and_the_georeference(towns):
+    splits = SimpleNamespace(info=towns.info, values=towns.values)
+    assert ground_sampling_distance(splits) == 0.05
+    splits.info = replace(towns.info, scale=0.5)
+    assert ground_sampling_distance(splits) == 0.1
+    splits.info = replace(towns.info, name="my town")
+    assert ground_sampling_distance(splits) == pytest.approx(0.2)
+    splits.info = replace(towns.info, name="my town", georeferenced=False)
+    assert ground_sampling_distance(splits) is None
+
+
+def test_curves_have_the_terms_as_they_add_up_to_the_loss():
+    log = [
+        {"loss": 3.0, "task_loss": 1.0, "spatial_relation": 0.5, "spatial_relation_weighted": 2.0, "step": 10},
+        {"eval_loss": 1.0, "eval_mean_iou": 0.25, "step": 10},
+        {"loss": 2.0, "task_loss": 1.5, "spatial_relation": 0.1, "spatial_relation_weighted": 0.5, "step": 20},
+        {"train_runtime": 5.0, "train_loss": 2.5, "step": 20},
+    ]
+    assert training_curves(log) == {
+        "Training loss": {
+            "loss": [(10, 3.0), (20, 2.0)],
+            "from labels": [(10, 1.0), (20, 1.5)],
+            "spatial relation, weighted": [(10, 2.0), (20, 0.5)],
+        },
+        "Validation mIoU": {"mIoU": [(10, 0.25)]},
+    }
+    assert training_curves([{"epoch": 1.0}]) == {}
+    many = {f"term{i}_weighted": 1.0 for i in range(20)} | {"loss": 20.0, "step": 1}
+    assert len(training_curves([many])["Training loss"]) == len(CURVE_COLORS)

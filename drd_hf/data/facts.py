@@ -18,6 +18,7 @@ class DatasetFacts:
     """What does not change about a dataset. `classes[i]` is the class with label `i`; 255 is ignored everywhere.
 
     `may_be_shared` is False where the terms forbid to hand the pixels on; `terms` says in words what they ask for.
+    `ground_sampling_distance` is what a pixel is wide on the ground, in metres.
     """
 
     name: str
@@ -28,6 +29,7 @@ class DatasetFacts:
     ignore_index: int = field(default=IGNORE_INDEX)
     terms: str | None = None
     may_be_shared: bool = True
+    ground_sampling_distance: float | None = None
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -122,6 +124,7 @@ POTSDAM = IsprsFacts(
         "https://www.isprs.org/resources/datasets/benchmarks/UrbanSemLab/2d-sem-label-potsdam.aspx",
         terms=ISPRS_TERMS,
         may_be_shared=False,
+        ground_sampling_distance=0.05,
     ),
     train=tuple(
         "2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_12 6_7 6_8 6_9 6_10 6_11 6_12 7_7 7_8 7_9 7_10 7_11 "
@@ -153,6 +156,7 @@ VAIHINGEN = IsprsFacts(
         "Geoinformation (DGPF) [Cramer, 2010]: http://www.ifp.uni-stuttgart.de/dgpf/DKEP-Allg.html.",
         terms=ISPRS_TERMS,
         may_be_shared=False,
+        ground_sampling_distance=0.09,
     ),
     train=tuple("1 3 5 7 11 13 15 17 21 23 26 28 30 32 34 37".split()),
     test=tuple("2 4 6 8 10 12 14 16 20 22 24 27 29 31 33 35 38".split()),

@@ -17,18 +17,19 @@ from drd_hf.data.facts import ISPRS_CLASSES, DatasetFacts
 from drd_hf.data.source import SourceHeader, SourceImage
 from drd_hf.errors import UserError
 
+GSD = 0.4  # metres per pixel
 SCENES = DatasetFacts(
     name="scenes",
     classes=ISPRS_CLASSES,
     description="Generated aerial scenes (no photographs): small towns with exact labels in the ISPRS classes.",
     license="apache-2.0",
+    ground_sampling_distance=GSD,
 )
 
 IMPERVIOUS, BUILDING, LOW_VEGETATION, TREE, CAR, CLUTTER = range(6)
 FREE, STREET, OBJECT = range(3)  # what already stands on a canvas pixel
 OVERSAMPLING = 2
 PAVEMENT = 1.6  # metres
-GSD = 0.4  # metres per pixel
 
 
 def _palette(codes: str) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
-"""To the Hugging Face Hub: everything that belongs together in one commit, and nothing else.
+"""The one way to the Hub: files that belong together in one commit, tried again, refused in one line.
 
-`push_dataset` knows what belongs to a prepared dataset and who may see it; `push_files` knows the Hub. `check_push`
-says before hours of preparing what `push_dataset` would refuse after them.
+`push_files` and `check_access` know the Hub and nothing of what is pushed; `drd_hf.hub.datasets` and
+`drd_hf.hub.models` know what belongs to a dataset and to a model.
 """
 
 import re
@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
 from huggingface_hub.errors import (
@@ -24,99 +22,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from drd_hf.data.facts import DatasetFacts
-from drd_hf.data.splits import SegmentationInfo, read_info
 from drd_hf.errors import UserError
 
 TRIES = 3
 PAUSE = 2.0  # seconds before the second try, doubled before each further one
 
 
-def push_dataset(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    i_have_the_right: bool = False,
-    overwrite: bool = False,
-    token: str | None = None,
-) -> str:
-    """Push a dataset that `prepare_dataset` wrote: `README.md` and `data/*.parquet` in one commit.
-
-    Args:
-        folder: output folder of `prepare_dataset`. Other files in it stay where they are.
-        repo_id: dataset repository as ORG/NAME; made if it does not exist.
-        private: whether a new repository is private. Not given, it is what the Hub makes of new repositories of the
-            owner (public, unless an organisation says otherwise), but private where the terms of the dataset do not
-            allow to hand it on. A repository that exists must already be what is asked for.
-        i_have_the_right: push although the card says that the pixels may not be shared.
-        overwrite: replace another dataset that is in the repository.
-        token: token of the Hub that may write; the saved one or `HF_TOKEN` if not given.
-
-    Parquet files of an earlier version go in the same commit, so the repository never holds parts of two versions.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UserError: the folder is no complete dataset, its terms forbid the push, or the Hub refuses or is not reached.
-            The message is one line, without the token.
-    """
-    folder = Path(folder)
-    info, files = _prepared_dataset(folder)
-    private = _privacy(info.facts, private, i_have_the_right)
-    return push_files(
-        files,
-        repo_id,
-        repo_type="dataset",
-        message=f"Push {info.name}",
-        private=private,
-        stale=r"data/[^/]*\.parquet",
-        may_replace=_may_replace(info.name, overwrite),
-        token=token,
-    )
-
-
-def check_push(
-    facts: DatasetFacts,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    i_have_the_right: bool = False,
-    overwrite: bool = False,
-    token: str | None = None,
-) -> None:
-    """Refuse what `push_dataset` would refuse of a dataset that is still to be prepared. Nothing is made or changed.
-
-    Looked at are the terms, the name of the repository, the token, and a repository that exists: its privacy and what
-    it holds. Not foreseen are a full storage and the finer limits of fine-grained tokens.
-
-    Args:
-        facts: of the dataset; the other arguments are those of `push_dataset`.
-
-    Raises:
-        UserError: see `push_dataset`.
-    """
-    private = _privacy(facts, private, i_have_the_right)
-    api = _api(repo_id, token)
-
-    def check() -> None:
-        user = api.whoami()
-        role = user.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
-            raise UserError(f"{repo_id}: the token may only read; give one with write access")
-        if _existing(api, repo_id, "dataset", private, _may_replace(facts.name, overwrite)) or role != "write":
-            return
-        # What a token of the role "write" may make is known; a fine-grained one may tell less than it may do.
-        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
-        if repo_id.split("/")[0].lower() not in [owner.lower() for owner in owners]:
-            raise UserError(f"{repo_id}: the token may not make it; give a repository of {' or '.join(owners)}")
-
-    _tried(check, repo_id, api)
-
-
 def push_files(
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
     repo_type: str,
@@ -125,40 +38,63 @@ def push_files(
     stale: str = "",
     may_replace: Callable[[Mapping[str, Any]], bool] = lambda card: True,
     token: str | None = None,
+    space_sdk: str | None = None,
 ) -> str:
-    """Make the repository if need be, and put `files` (path there -> local file) into it in one commit.
+    """Make the repository if need be, and put `files` (path there -> local file, or content) into it in one commit.
 
     Files there that match the regular expression `stale` and are not among `files` are deleted by the same commit.
     `may_replace` is asked with the metadata of the card ({} if there is none) of a repository that has files.
     A failure that may pass is tried again; what has been uploaded by then is not sent again.
-    Returns the address of the repository; raises `UserError`, see `push_dataset`.
+
+    Args:
+        repo_id: repository as ORG/NAME.
+        repo_type: "model", "dataset", or "space" with its `space_sdk`, for example "gradio".
+        private: whether a new repository is private; None: what the Hub makes of new ones of the owner. A repository
+            that exists must already be what is asked for.
+        token: token of the Hub that may write; the saved one or `HF_TOKEN` if not given.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: the Hub refuses or is not reached. The message is one line, without the token.
     """
     api = _api(repo_id, token)
-    _tried(lambda: _push_once(api, files, repo_id, repo_type, message, private, stale, may_replace), repo_id, api)
+    _tried(
+        lambda: _push_once(api, files, repo_id, repo_type, message, private, stale, may_replace, space_sdk),
+        repo_id,
+        api,
+    )
     return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
 
-def _privacy(facts: DatasetFacts, private: bool | None, i_have_the_right: bool) -> bool | None:
-    """Whether the repository is to be private, None if all the same; `UserError` if the terms forbid to push at all."""
-    if facts.may_be_shared is True:  # anything unclear that somebody wrote into a card is a no
-        return private
-    if not i_have_the_right:
-        terms = _line(facts.terms or "its card gives none")
-        raise UserError(
-            f"the terms of {facts.name} do not let you hand it on ({terms}); give --i_have_the_right (in Python "
-            "i_have_the_right=True) if you have the right to, then the repository is private unless you say otherwise"
-        )
-    return True if private is None else private
+def check_access(
+    repo_id: str,
+    *,
+    repo_type: str,
+    private: bool | None = None,
+    may_replace: Callable[[Mapping[str, Any]], bool] = lambda card: True,
+    token: str | None = None,
+) -> None:
+    """Refuse what `push_files` would refuse: name, token, and the privacy and content of a repository that exists.
 
+    Nothing is made or changed. Not foreseen are a full storage and the finer limits of fine-grained tokens.
+    """
+    api = _api(repo_id, token)
 
-def _may_replace(name: str, overwrite: bool) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether the dataset `name` may go where a card of these metadata is: where it was before, or anywhere."""
+    def check() -> None:
+        user = api.whoami()
+        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise UserError(f"{repo_id}: the token may only read; give one with write access")
+        if _existing(api, repo_id, repo_type, private, may_replace) or role != "write":
+            return
+        # What a token of the role "write" may make is known; a fine-grained one may tell less than it may do.
+        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
+        if repo_id.split("/")[0].lower() not in [owner.lower() for owner in owners]:
+            raise UserError(f"{repo_id}: the token may not make it; give a repository of {' or '.join(owners)}")
 
-    def may_replace(card: Mapping[str, Any]) -> bool:
-        there = card.get("segmentation")
-        return overwrite or (isinstance(there, dict) and there.get("name") == name)
-
-    return may_replace
+    _tried(check, repo_id, api)
 
 
 def _api(repo_id: str, token: str | None) -> HfApi:
@@ -211,29 +147,30 @@ def _existing(
 
 def _push_once(
     api: HfApi,
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     repo_type: str,
     message: str,
     private: bool | None,
     stale: str,
     may_replace: Callable[[Mapping[str, Any]], bool],
+    space_sdk: str | None,
 ) -> None:
     # Looked at before the first byte goes up, also if it is new: what counts is what the Hub says it is.
     repo = _existing(api, repo_id, repo_type, private, may_replace)
     if repo is None:
-        api.create_repo(repo_id, repo_type=repo_type, private=private)
+        api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=space_sdk)
         repo = _existing(api, repo_id, repo_type, private, may_replace)
     if repo is None:
         raise UserError(f"{repo_id}: was made and cannot be seen with this token; give one that may also read it")
     revision, there = repo
     deleted = [path for path in sorted(there) if re.fullmatch(stale, path) and path not in files]
-    # Not `upload_folder`: it makes several commits of a large folder, and between two of them the dataset is broken.
+    # Not `upload_folder`: it makes several commits of a large folder, and between two of them what is there is broken.
     # With the parent named, two pushes at the same time cannot mix either.
     commit = api.create_commit(
         repo_id,
         [CommitOperationDelete(path) for path in deleted]
-        + [CommitOperationAdd(path, local) for path, local in files.items()],
+        + [CommitOperationAdd(path, content) for path, content in files.items()],
         commit_message=message,
         repo_type=repo_type,
         parent_commit=revision,
@@ -252,32 +189,11 @@ def _card(api: HfApi, repo_id: str, repo_type: str, revision: str) -> dict[str, 
         return {}
 
 
-def _prepared_dataset(folder: Path) -> tuple[SegmentationInfo, dict[str, Path]]:
-    """What the card in a folder of `prepare_dataset` says, and the folder's files by their path in a repository."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give the output folder of prepare_dataset.py")
-    info, files = read_info(folder), {"README.md": folder / "README.md"}
-    for split, expected in info.num_tiles.items():
-        shards = sorted((folder / "data").glob(f"{split}-*.parquet"))
-        found = sum(_num_rows(path) for path in shards)
-        if found != expected:
-            raise UserError(f"{folder}: {split} has {found} of its {expected} tiles; prepare it again")
-        files |= {f"data/{path.name}": path for path in shards}
-    return info, files
-
-
-def _num_rows(path: Path) -> int:
-    try:
-        return pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: is damaged ({_line(error)}); prepare the dataset again") from None
-
-
 def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no name of a repository ({_line(error)}); give ORG/NAME") from None
+        raise UserError(f"{repo_id!r} is no name of a repository ({one_line(error)}); give ORG/NAME") from None
     if "/" not in repo_id:
         raise UserError(f"{repo_id!r} does not say whose repository it is; give ORG/NAME")
 
@@ -302,7 +218,7 @@ def _may_pass(error: BaseException) -> bool:
 def _explain(error: BaseException, api: HfApi) -> str:
     """One line: what the Hub or the connection said, and the remedy."""
     status = _status(error)
-    said = _line(getattr(error, "server_message", None) or error)
+    said = one_line(getattr(error, "server_message", None) or error)
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub is not asked while HF_HUB_OFFLINE is set; unset it to push"
     if status == 401:
@@ -318,7 +234,7 @@ def _explain(error: BaseException, api: HfApi) -> str:
     return f"the push failed ({said})"
 
 
-def _line(message: object) -> str:
+def one_line(message: object) -> str:
     """A message as one line of bearable length."""
     words = " ".join(str(message).split()) or type(message).__name__
     return (words if len(words) <= 300 else f"{words[:297]}...").rstrip(".")
