@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 LINT = $(VENV)/.lint
+DOCS = $(VENV)/.docs
 
-.PHONY: setup demo test test-slow test-floor style check dubai clean
+.PHONY: setup demo test test-slow test-floor style check dubai cards compare tables docs clean
 
 setup: $(READY)
 $(READY): setup.cfg pyproject.toml
@@ -36,6 +37,31 @@ test-floor:  ## the suite on the oldest supported versions
 dubai: $(READY)  ## the comparison on aerial_dubai (needs ../shared/data, hours on CPU)
 	$(BIN)/python benchmarks/dubai.py
 
+tables:  ## the numbers of README.md and docs/ from benchmarks/results/
+	$(PYTHON) benchmarks/tables.py
+
+# The site needs the packages of the extra alone: the sources are read, not imported.
+$(DOCS): setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c "import configparser as c; f = c.ConfigParser(); f.read('setup.cfg'); print(f['options.extras_require']['docs'])" > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/docs.txt
+	touch $(DOCS)
+
+docs: $(DOCS)  ## the documentation as a site in site/; a broken link or an outdated number is an error
+	$(PYTHON) benchmarks/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+STUDY ?= benchmarks/study/dubai.yaml
+compare: $(READY)  ## DRD among all other methods: STUDY=FILE; days on CPU, start it again to go on
+	$(BIN)/python benchmarks/compare.py $(STUDY)
+
+cards: $(READY)  ## the cards of model_cards/ from the runs of make demo and make dubai
+	$(BIN)/python scripts/make_card.py --run demo/student --output model_cards/scenes_upernet-mini_from_upernet-small \
+		--name scenes_upernet-mini_from_upernet-small
+	$(BIN)/python scripts/make_card.py --run runs/dubai/drd_3_3_steps600_seed0 --dataset data/dubai \
+		--teacher runs/dubai/upernet-lite2 --student_alone runs/dubai/none_steps600_seed0 \
+		--output model_cards/dubai_segformer-b0-half_from_upernet-lite2 --name dubai_segformer-b0-half_from_upernet-lite2
+
 style: $(LINT)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -45,4 +71,4 @@ check: $(LINT)  ## what CI demands of the style
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor demo
+	rm -rf $(VENV) $(VENV)-floor demo site

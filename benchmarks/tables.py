@@ -1,0 +1,326 @@
+"""Tables and sentences with figures in README.md and docs/, written from the results in benchmarks/results/.
+
+    python benchmarks/tables.py            # writes what is between the markers
+    python benchmarks/tables.py --check    # writes nothing; exit status 1 if a page is not what the results give
+
+A page has `<!-- table: NAME -->` and `<!-- end -->` on lines of their own; NAME is one of `TABLES` here.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
+MARKER = re.compile(r"^<!-- (?:table: \S+|end) -->$", re.M)
+
+DUBAI = {  # method of dubai.json: how a reader calls it
+    "none": "student alone",
+    "logit": "+ logit distillation",
+    "drd_3_3": "+ Dual Relation Distillation",
+    "drd_3_3_logit": "+ both",
+}
+CHOICE = {
+    "none": "student alone",
+    "drd_3_3": "relation weights 3 and 3 (the default)",
+    "drd_10_10": "10 and 10",
+    "drd_10_0": "10 and 0",
+    "drd_10_10_after_relu": "10 and 10, after the ReLU",
+}
+RELATIONS = {
+    "spatial cosine": "spatial `cosine`",
+    "spatial cosine, plain": "its plain definition",
+    "bare products": "the bare matrix products of the identity",
+    "spatial attention": "spatial `attention`",
+    "spatial attention, plain": "its plain definition",
+    "channel cosine": "channel `cosine`, projected",
+    "channel cosine, plain": "its plain definition",
+    "SKD pair-wise": "SKD pair-wise (max-pooled 2 x 2)",
+    "IFVD": "IFVD",
+    "CIRKD mini-batch": "CIRKD mini-batch",
+    "ICKD": "ICKD",
+}
+
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list], text_columns: int = 1) -> str:
+    """A Markdown table; the columns after the first ones are numbers and stand on the right."""
+    rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |".replace("|  |", "| |") for row in (head, rule, *rows))
+
+
+def listed(values, form: str = ".3f") -> str:
+    return ", ".join(f"{value:{form}}" for value in values)
+
+
+def between(values, form: str = ".2f") -> str:
+    values = list(values)
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+def demo() -> str:
+    found = read("demo")["demo"]
+    rows = [
+        [
+            row["model"],
+            f"{row['parameters']:,}",
+            *(f"{row[key]:.3f}" for key in ("mean_iou", "mean_f1", "overall_accuracy")),
+            f"{row['ms_per_tile']:.1f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["model", "parameters", "mIoU", "mF1", "overall accuracy", "ms per tile"]
+    return f"{table(head, rows)}\n\n({found['tiles']}; {found['seconds'] / 60:.0f} minutes in all on CPU.)"
+
+
+def demo_seeds() -> str:
+    found = read("demo")
+    alone, distilled = (
+        {run["seed"]: run["mean_iou"] for run in found["runs"] if run["method"] == method}
+        for method in ("student alone", "distilled student")
+    )
+    gains = [distilled[seed] - alone[seed] for seed in alone]
+    means = [found["means"][method]["mean_iou"] for method in ("student alone", "distilled student")]
+    return (
+        f"Of {len(gains)} seeds the distilled student is ahead with {sum(gain > 0 for gain in gains)}: "
+        f"{listed(gains, '+.3f')} mIoU; on average {means[1]:.3f} against {means[0]:.3f}."
+    )
+
+
+def demo_latest() -> str:
+    found = read("demo_latest")
+    scores = {row["model"]: row["mean_iou"] for row in found["rows"]}
+    return (
+        f"The same command after that change, seed {found['seed']}: teacher {scores['teacher']:.3f}, student alone "
+        f"{scores['student alone']:.3f}, distilled student {scores['distilled student']:.3f} mIoU, ahead by "
+        f"{scores['distilled student'] - scores['student alone']:.3f}, in {found['seconds'] / 60:.0f} minutes."
+    )
+
+
+def dubai_scores(method: str, key: str = "test_mean_iou") -> list[float]:
+    return [run[key] for run in read("dubai")["runs"] if run["method"] == method]
+
+
+def dubai() -> str:
+    found = read("dubai")
+    teacher = found["teacher"]
+    seeds = list(dict.fromkeys(run["seed"] for run in found["runs"]))
+    rows = [
+        [
+            "teacher",
+            f"{teacher['num_parameters']:,}",
+            f"{teacher['test_mean_iou']:.3f}",
+            "",
+            f"{teacher['test_overall_accuracy']:.3f}",
+        ]
+    ]
+    for method, name in DUBAI.items():
+        scores = dubai_scores(method)
+        accuracy = statistics.mean(dubai_scores(method, "test_overall_accuracy"))
+        parameters = next(run["num_parameters"] for run in found["runs"] if run["method"] == method)
+        rows.append([name, f"{parameters:,}", listed(scores), f"{statistics.mean(scores):.3f}", f"{accuracy:.3f}"])
+    seeds = ", ".join(map(str, seeds))
+    return table(["", "parameters", f"test mIoU, seeds {seeds}", "mean", "test overall accuracy, mean"], rows)
+
+
+def dubai_findings() -> str:
+    alone, drd = dubai_scores("none"), dubai_scores("drd_3_3")
+    gains = [ours - theirs for ours, theirs in zip(drd, alone, strict=True)]
+    validation = [dubai_scores(method, "validation_mean_iou") for method in ("drd_3_3", "none")]
+    ahead = sum(ours > theirs for ours, theirs in zip(*validation, strict=True))
+    logit, both = (
+        statistics.mean(dubai_scores(method)) - statistics.mean(alone) for method in ("logit", "drd_3_3_logit")
+    )
+    return (
+        f"- Relations change this student by {statistics.mean(gains):+.3f} mIoU on the test areas on average; with the "
+        f"single seeds by {listed(gains, '+.3f')}. On the validation area, the strongest change of domain, it is ahead "
+        f"with {ahead} of {len(gains)} seeds ({listed(validation[0])} against {listed(validation[1])}).\n"
+        f"- Logit distillation at its usual weight changes it by {logit:+.3f} on average, both together by {both:+.3f}."
+    )
+
+
+def dubai_choice() -> str:
+    scores = {run["method"]: run["validation_mean_iou"] for run in read("dubai_choice")["runs"]}
+    rows = [[name, f"{scores[method]:.3f}"] for method, name in CHOICE.items()]
+    return table(["settings", "validation mIoU, seed 0"], rows)
+
+
+def relations_row(method: str, size: int) -> dict:
+    return next(row for row in read("relations")["rows"] if (row["method"], row["size"]) == (method, size))
+
+
+def relations() -> str:
+    sizes = (64, 96, 128)
+    rows = []
+    for method, name in RELATIONS.items():
+        found = [relations_row(method, size) for size in sizes]
+        rows.append(
+            [name, *(f"{row['milliseconds']:.0f} ms" for row in found), f"{found[-1]['peak_megabytes']:.0f} MB"]
+        )
+    return table(["", *(f"{size} x {size}" for size in sizes), "peak memory at 128 x 128"], rows)
+
+
+def relations_findings() -> str:
+    cosine = {size: relations_row("spatial cosine", size) for size in (8, 12, 16, 24, 32, 64, 96, 128, 256)}
+    attention = {
+        size: relations_row("spatial attention", size)["times_plain"] for size in (8, 12, 16, 24, 32, 64, 96, 128)
+    }
+    growth = cosine[256]["milliseconds"] / cosine[128]["milliseconds"]
+    bare = between(cosine[size]["times_bare"] for size in (64, 96, 128, 256))
+    return (
+        f"- `cosine` is {between((cosine[size]['times_plain'] for size in (64, 96, 128)), '.0f')} times as fast as its plain "
+        f"definition at 64 x 64 to 128 x 128, and takes {bare} times its bare products from 64 x 64 on.\n"
+        f"- 256 x 256 takes {growth:.1f} times as long as 128 x 128.\n"
+        f"- `attention` is {between((attention[size] for size in (64, 96, 128)), '.1f')} times as fast as its plain "
+        "definition at these sizes.\n"
+        f"- On small maps: `cosine` {cosine[8]['times_plain']:.1f} times at 8 x 8 and "
+        f"{between(cosine[size]['times_plain'] for size in (12, 16, 24, 32))} at 12 x 12 to 32 x 32, `attention` "
+        f"{attention[8]:.1f} and {between(attention[size] for size in (12, 16, 24, 32))}."
+    )
+
+
+def share(name: str) -> str:
+    percent = 100 * read("step")["share_of_teacher_and_student"][name]
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %" if percent >= 0.1 else "less than 0.1 %"
+
+
+def step() -> str:
+    milliseconds = read("step")["milliseconds"]
+    return table(["", "ms", "of teacher and student"], [[n, f"{ms:.1f}", share(n)] for n, ms in milliseconds.items()])
+
+
+def step_findings() -> str:
+    found = read("step")
+    own_grid = share("DRD, student's own grid")
+    models = sum(found["milliseconds"][name] for name in ("teacher, forward", "student, step"))
+    return (
+        f"In a training step of a SegFormer of B0's size under one of B2's on {found['size']} x {found['size']} pixels the "
+        f"default loss adds {share('DRD, default settings')} to teacher and student "
+        f"({found['milliseconds']['DRD, default settings']:.0f} ms to {models:.0f} ms on {found['threads']} CPU cores). SKD "
+        f"pair-wise adds {share('SKD pair-wise')}, IFVD {share('IFVD')}, ICKD {share('ICKD')}, channel-wise distillation of "
+        f"features {share('CWD, features')}, a logit loss {share('pixel KD (PixelLogitLoss)')}. On the student's own grid of "
+        f"{found['size'] // 4} x {found['size'] // 4} the loss adds {own_grid}."
+    )
+
+
+def data() -> str:
+    found = read("data")
+    seconds, tiles = found["conversion_seconds"], found["assumed_h100"]["tiles_a_second"]
+    return (
+        f"One {found['side']} x {found['side']} RGB tile with its colour label becomes 512-pixel tiles in "
+        f"{seconds['package']:.1f} s on one core: {found['times_faster_than_plain']:.1f} times faster than the plain recipe "
+        "(Pillow, one comparison for each class, PNG at its default settings), "
+        f"{found['times_floor']:.2f} times the time of decoding and encoding alone, labels "
+        f"{'byte-exact' if found['labels_byte_exact'] else 'NOT byte-exact'}.\n\n"
+        "In training, decoding and the full augmentation of a 512-pixel tile take "
+        f"{found['feeding_milliseconds']['package']:.1f} ms, {found['tiles_a_second_a_core']:.0f} tiles a second and core, "
+        f"{found['times_pillow_and_numpy']:.1f} times the rate of the same steps in Pillow and NumPy; 16 cores then give "
+        f"{16 * found['tiles_a_second_a_core']:.0f} tiles a second. An H100 that trains a SegFormer B0 at "
+        f"{found['assumed_h100']['utilisation']:.0%} of its nominal {found['assumed_h100']['peak_flops'] / 1e12:.0f} TFLOPS, "
+        f"an assumption, would take {tiles['student alone']}, and {tiles['distillation from B2']} when a B2 teaches."
+    )
+
+
+def metrics() -> str:
+    found = read("metrics")
+    counted = {"SegmentationMetrics": "this package", "mean_iou form": "the form of `mean_iou`"}
+    times = [row["times_peer"] for row in found["rows"] if row["method"] == "SegmentationMetrics"]
+    rows = [
+        [counted[row["method"]], row["labels"], row["type"], f"{row['milliseconds']:.0f} ms"]
+        for row in found["rows"]
+        if row["method"] in counted
+    ]
+    grown = {row["method"]: row for row in found["memory"]}
+    ours, theirs = grown["SegmentationMetrics in evaluate"], grown["mean_iou in evaluate"]
+    return (
+        f"{table(['', 'classes', 'ids', 'time'], rows, text_columns=3)}\n\n"
+        f"(A batch of {' x '.join(map(str, found['batch']))} pixels, {found['threads']} thread.) Counting is "
+        f"{between(times, '.0f')} times as fast. In `evaluate` {ours['tiles']:,} tiles take {ours['peak_megabytes']:.0f} MB of "
+        f"memory and {ours['disk_megabytes']:.0f} MB of disk; `mean_iou` takes {theirs['peak_megabytes']:.0f} MB and "
+        f"{theirs['disk_megabytes']:.0f} MB for {theirs['tiles']}."
+    )
+
+
+def inference() -> str:
+    found = read("inference")
+    time, exact = found["time"], found["exactness"]
+    memory = ", ".join(f"{row['host_bytes'] / 1e6:.0f} MB at {row['size']} x {row['size']}" for row in found["memory"])
+    agree = found["agreement"]["by_tile"][str(found["tile"])]
+    return (
+        f"- A {time['size']} x {time['size']} raster takes {time['seconds']:.0f} s on {found['threads']} CPU cores, "
+        f"{time['ratio']:.2f} times the bare forward passes of the same windows.\n"
+        f"- Peak memory above the loaded model: {memory}.\n"
+        f"- A model whose answer depends on each pixel alone: {exact['other_class']} of {exact['pixels']:,} pixels get another "
+        f"class than without windows. A real student agrees with one pass over the whole image on {agree:.1%} of the pixels."
+    )
+
+
+TABLES = {
+    "demo": demo,
+    "demo-seeds": demo_seeds,
+    "demo-latest": demo_latest,
+    "dubai": dubai,
+    "dubai-findings": dubai_findings,
+    "dubai-choice": dubai_choice,
+    "relations": relations,
+    "relations-findings": relations_findings,
+    "step": step,
+    "step-findings": step_findings,
+    "data": data,
+    "metrics": metrics,
+    "inference": inference,
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def render(text: str, name: str = "the page") -> str:
+    """The text of a page with everything between its markers made anew.
+
+    Raises:
+        ValueError: a marker without its partner, or a name that is not in `TABLES`.
+    """
+    markers = MARKER.findall(text)
+    if any(("table:" in marker) != (i % 2 == 0) for i, marker in enumerate(markers)) or len(markers) % 2:
+        raise ValueError(f"{name}: every <!-- table: NAME --> needs its own <!-- end -->")
+
+    def filled(match: re.Match) -> str:
+        if match["name"] not in TABLES:
+            raise ValueError(f"{name}: no table {match['name']!r}, there are {', '.join(TABLES)}")
+        return f"<!-- table: {match['name']} -->\n{TABLES[match['name']]()}\n<!-- end -->"
+
+    return MARKED.sub(filled, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, name the pages that are out of date")
+    args = parser.parse_args()
+    stale = []
+    for page in pages():
+        name = page.relative_to(ROOT)
+        try:
+            new = render(old := page.read_text(encoding="utf-8"), str(name))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        if new != old:
+            stale.append(str(name))
+            if not args.check:
+                page.with_suffix(".tmp").write_text(new, encoding="utf-8")
+                os.replace(page.with_suffix(".tmp"), page)
+    print(f"{'out of date' if args.check else 'written'}: {', '.join(stale) or 'nothing, all pages are up to date'}")
+    if stale and args.check:
+        sys.exit("error: run make tables")
+
+
+if __name__ == "__main__":
+    main()
