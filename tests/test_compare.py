@@ -1,0 +1,322 @@
+"""The comparison of methods: plans are real commands, runs are resumable, tables say what their lines say."""
+
+import json
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from drd_hf import DistillationConfig, SegmentationConfig, load_splits
+from drd_hf.arguments import parse_arguments
+from drd_hf.data.transforms import TrainTransform
+from drd_hf.errors import UserError
+from drd_hf.runs import DataArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import compare  # noqa: E402
+from benchmarks.study import lines as results  # noqa: E402
+from benchmarks.study.cells import run_cells  # noqa: E402
+from benchmarks.study.data import keep_labels, labelled_sources  # noqa: E402
+from benchmarks.study.plan import candidates, read_study, student_cell, teacher_cell  # noqa: E402
+from benchmarks.study.tables import markdown, paired_difference, rows_of, sections  # noqa: E402
+from scripts import distill, train_teacher  # noqa: E402
+
+SHARED = ROOT / "../shared/data"
+STUDIES = [p for p in sorted((ROOT / "benchmarks/study").glob("*.yaml")) if "pairs" in yaml.safe_load(p.read_text())]
+TILES = "--dataset scenes --scenes_train 2 --scenes_validation 1 --scenes_test 1 --scene_size 128 --tile_size 64"
+
+
+def architecture(folder, width):
+    path = folder / f"segformer{width}.json"
+    sizes = [8 * width, 8 * width, 16 * width, 16 * width]
+    heads = {"num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1], "decoder_hidden_size": 16 * width}
+    path.write_text(json.dumps({"model_type": "segformer", "hidden_sizes": sizes, **heads}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A study of two steps a run; its folder also takes the runs and results."""
+    folder = tmp_path_factory.mktemp("study")
+    training = {"crop_size": 64, "per_device_train_batch_size": 4, "use_cpu": True}
+    content = {
+        "dataset": {"name": "scenes", "prepare": TILES, "folds": [f"{folder}/tiles"]},
+        "steps": 2,
+        "seeds": [0],
+        "runs": f"{folder}/runs",
+        "settings": training,
+        "teachers": {"big": {"options": {"model": architecture(folder, 2), "max_steps": 2, **training}}},
+        "pairs": {"big_to_small": {"teacher": "big", "student": {"model": architecture(folder, 1)}}},
+        "methods": {"none": None, "drd": {"options": "--method drd={weight}", "weights": [0.1, 1]}},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "tiny.yaml"
+
+
+def run_study(monkeypatch, tiny, *options):
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tiny), "--results", str(tiny.parent / "results"), *options])
+    compare.main()
+
+
+def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, monkeypatch, capsys):
+    folder = tiny.parent / "results"
+    run_study(monkeypatch, tiny)
+    tuning, compared = (results.read_lines(folder / name) for name in ("compare_tuning.jsonl", "compare.jsonl"))
+    by_weight = {line["weight"]: line["validation_mean_iou"] for line in tuning if "command" in line}
+    assert sorted(by_weight) == [0.1, 1]
+    assert not any(key.startswith("test") for line in tuning for key in line)
+    assert tuning[-1]["chosen_weight"] == max(by_weight, key=by_weight.get)
+    assert [line["method"] for line in compared] == ["teacher", "none", "drd"]
+    student = compared[-1]
+    assert student["weight"] == tuning[-1]["chosen_weight"] and f"drd={student['weight']:g}" in student["command"]
+    needed = (
+        "dataset pair method fold seed steps test_mean_iou seconds device peak_megabytes milliseconds_per_step".split()
+    )
+    assert all(student[key] is not None for key in needed)
+    assert {"test_iou_building", "versions", "settings"} < student.keys()
+    run = json.loads((Path(student["command"].rpartition(" --output_dir ")[2]) / "run.json").read_text())
+    assert run["command"] == student["command"] and run["steps"] == 2
+    assert run["results"]["model"]["test"]["mean_iou"] == student["test_mean_iou"]
+    table = (folder / "compare.md").read_text()
+    assert f"{100 * student['test_mean_iou']:.1f}" in table and "| drd |" in table
+    with Image.open(folder / "compare_tiny_big_to_small_2_gains.png") as picture:
+        assert picture.format == "PNG"
+
+    written = (folder / "compare.jsonl").read_bytes()
+    run_study(monkeypatch, tiny)
+    assert (folder / "compare.jsonl").read_bytes() == written
+    assert "3 runs, 3 of them finished before" in capsys.readouterr().out
+
+
+def test_a_teacher_that_was_trained_before_is_only_scored(tiny, monkeypatch):
+    (trained,) = (tiny.parent / "runs/tiny/teachers").glob("big_fold0_????????")
+    content = yaml.safe_load(tiny.read_text())
+    content["teachers"]["big"]["trained"] = {0: str(trained)}
+    path = tiny.with_name("again.yaml")
+    path.write_text(yaml.safe_dump(content))
+    study, folder = read_study(path), tiny.parent / "results"
+    cell = teacher_cell(study, "big", 0, 1.0, ROOT)
+    assert run_cells(study, [cell], folder) == []
+    before, now = (one for one in results.read_lines(folder / "compare.jsonl") if one["method"] == "teacher")
+    assert cell.words[0] == "scripts/evaluate.py" and now["study"] == "again"
+    assert now["test_mean_iou"] == pytest.approx(before["test_mean_iou"], abs=1e-9)
+    assert now["validation_mean_iou"] == before["validation_mean_iou"] and now["seconds"] == before["seconds"]
+
+
+def test_a_run_that_fails_leaves_no_line_and_is_named(tiny, monkeypatch, capsys):
+    content = yaml.safe_load(tiny.read_text())
+    content["methods"] = {"none": None, "wrong": {"options": "--method no_such_method"}}
+    other = tiny.with_name("wrong.yaml")
+    other.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"1 runs failed; first .*wrong.*no_such_method"):
+        run_study(monkeypatch, other, "--stage", "compare", "--methods", "wrong")
+    lines = results.read_lines(tiny.parent / "results/compare.jsonl")
+    assert not [line for line in lines if line["method"] == "wrong"]
+
+
+def test_a_run_that_another_runner_is_at_is_waited_for_and_not_repeated(tiny, monkeypatch, capsys):
+    study, folder = read_study(tiny), tiny.parent / "results"
+    cell = student_cell(study, "big_to_small", study.methods["none"], None, 0, 7, ROOT)
+    started = threading.Event()
+
+    def other_runner():
+        with results.locked(Path(study.runs) / "locks", cell.folder):
+            started.set()
+            time.sleep(1)
+            line = {"command": cell.command, "method": "none", "validation_mean_iou": 0.5, "test_mean_iou": 0.25}
+            results.append_line(folder / "compare.jsonl", line | {"study": "by the other runner"})
+
+    other = threading.Thread(target=other_runner)
+    other.start()
+    started.wait()
+    run_study(monkeypatch, tiny, "--stage", "compare", "--methods", "none", "--seeds", "7")
+    other.join()
+    assert results.finished(folder / "compare.jsonl")[cell.command]["study"] == "by the other runner"
+    assert "validation 0.5000, test 0.2500" in capsys.readouterr().out
+    assert not (ROOT / cell.folder / "run.json").exists()
+
+
+def test_weights_that_are_not_tuned_yet_are_asked_for(tiny, tmp_path):
+    study = read_study(tiny)
+    with pytest.raises(UserError, match="weight of drd for big_to_small is not chosen yet: run --stage tune"):
+        compare.chosen_weight(study, "big_to_small", study.methods["drd"], tmp_path)
+    cells = candidates(study, "big_to_small", study.methods["drd"], ROOT)
+    for cell, score in zip(cells, (None, 0.2), strict=True):  # the first one diverged
+        line = {"command": cell.command, "validation_mean_iou": score}
+        results.append_line(tmp_path / "compare_tuning.jsonl", line)
+    assert compare.chosen_weight(study, "big_to_small", study.methods["drd"], tmp_path) == 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_commands_of_a_shipped_study_are_understood_by_their_scripts(path):
+    study, first = read_study(path), True
+    for pair in study.pairs:
+        cells = []
+        for method in (*study.methods.values(), *study.ablations.values()):
+            if first or method.name in ("none", "drd", "kd"):
+                weight = method.weights[0] if method.weights else 1.0
+                cells.append(student_cell(study, pair, method, weight, 0, 1, ROOT))
+        cells += [cell.teacher for cell in cells if cell.teacher is not None]
+        first = False
+        for cell in dict.fromkeys(cells):
+            if cell.words[0] == "scripts/evaluate.py":
+                continue
+            # bf16 is refused where there is no GPU; everything else is parsed as the script does it.
+            words = " ".join(cell.words[1:]).replace("--bf16 true", "").split()
+            if cell.words[0] == "scripts/distill.py":
+                models, data, args = parse_arguments(
+                    distill.ModelArguments, DataArguments, DistillationConfig, description="", argv=words
+                )
+                assert models.student and models.teacher and not models.score_teacher
+            else:
+                models, data, args = parse_arguments(
+                    train_teacher.ModelArguments, DataArguments, SegmentationConfig, description="", argv=words
+                )
+                assert models.model
+            assert args.output_dir == cell.folder and data.dataset == cell.data.folder
+            assert args.seed == cell.facts["seed"] and args.max_steps > 0
+
+
+def test_all_methods_train_the_student_in_the_same_way():
+    study = read_study(ROOT / "benchmarks/study/dubai.yaml")
+    pair = "upernet-lite2_to_segformer-b0"
+    options = []
+    for method in study.methods.values():
+        words = list(student_cell(study, pair, method, 1.0, 0, 0, ROOT).words)
+        options.append(words[words.index("--dataset") : words.index("--seed") + 2])
+    assert len(options) == 16 and all(other == options[0] for other in options)
+
+
+def test_the_folds_of_dubai_test_every_tile_but_that_of_validation_once():
+    study = read_study(ROOT / "benchmarks/study/dubai.yaml")
+    layout = yaml.safe_load((ROOT / "../shared/data/aerial_dubai.yaml").read_text()) if SHARED.is_dir() else None
+    own = {"train": [1, 2, 3, 5, 7], "validation": [4], "test": [6, 8]}  # of the layout file
+    splits = [{split: [f"Tile {t}/*" for t in tiles] for split, tiles in own.items()}]
+    assert layout is None or layout["splits"] == splits[0]
+    splits += [fold.splits for fold in study.folds[1:]]
+    for fold in splits:
+        assert sorted(tile for tiles in fold.values() for tile in tiles) == [f"Tile {t}/*" for t in range(1, 9)]
+        assert fold["validation"] == ["Tile 4/*"]
+    assert sorted(t for fold in splits for t in fold["test"]) == [f"Tile {t}/*" for t in (1, 2, 3, 5, 6, 7, 8)]
+
+
+def test_a_teacher_sees_the_labels_of_its_student_and_the_student_alone_no_unlabelled_tiles(tiny):
+    content = yaml.safe_load(tiny.read_text())
+    content["methods"]["drd_half"] = {"like": "drd", "labelled": 0.5}
+    content["methods"]["none_half"] = {"like": "none", "labelled": 0.5}
+    path = tiny.with_name("half.yaml")
+    path.write_text(yaml.safe_dump(content))
+    study = read_study(path)
+    distilled = student_cell(study, "big_to_small", study.methods["drd_half"], 1.0, 0, 0, ROOT)
+    alone = student_cell(study, "big_to_small", study.methods["none_half"], None, 0, 0, ROOT)
+    assert distilled.data.folder.endswith("tiles_labelled50")
+    assert alone.data.folder == distilled.teacher.data.folder == f"{distilled.data.folder}_only"
+    assert "--method drd=1" in distilled.command and alone.words[0] == "scripts/train_teacher.py"
+
+
+def test_labels_are_kept_for_the_same_images_in_every_share(tiny, tmp_path):
+    assert labelled_sources([f"i{n}" for n in range(10)] * 3, 0.25) < labelled_sources(
+        [f"i{n}" for n in range(10)], 0.5
+    )
+    assert [len(labelled_sources([f"i{n}" for n in range(45)], share)) for share in (0.1, 0.25, 1)] == [5, 12, 45]
+    whole = tiny.parent / "tiles"
+    if not whole.is_dir():
+        pytest.skip("the tiles are made by the test of a whole study")
+    keep_labels(whole, tmp_path / "half", 0.5, only_labelled=False)
+    keep_labels(whole, tmp_path / "only", 0.5, only_labelled=True)
+    splits, half, only = (load_splits(path) for path in (whole, tmp_path / "half", tmp_path / "only"))
+    labels = dict.fromkeys(splits["train"]["source"])
+    kept = {s for s, label in zip(half["train"]["source"], half["train"]["label"], strict=True) if label is not None}
+    assert len(half["train"]) == len(splits["train"]) and len(labels) == 2 and len(kept) == 1
+    assert set(only["train"]["source"]) == kept and None not in only["train"]["label"]
+    assert len(half["test"]) == len(splits["test"]) and None not in half["test"]["label"]
+    tiles = half["train"].with_transform(TrainTransform(32))
+    assert [bool((tile["labels"] != 255).any()) for tile in tiles] == [s in kept for s in half["train"]["source"]]
+
+
+def test_differences_are_paired_and_their_interval_is_that_of_student():
+    alone = {(0, 0): 0.30, (0, 1): 0.40, (1, 0): 0.20, (1, 1): 0.10, (2, 0): 0.9}
+    ours = {(0, 0): 0.31, (0, 1): 0.42, (1, 0): 0.23, (1, 1): 0.14, (3, 0): 0.1}
+    # Differences 1, 2, 3, 4 points: mean 2.5, deviation sqrt(5/3), t of 3 degrees of freedom at 97.5 % is 3.182446.
+    half = 3.182446 * math.sqrt(5 / 3) / math.sqrt(4) / 100
+    mean, low, high, n = paired_difference(ours, alone)
+    assert n == 4
+    assert (mean, low, high) == pytest.approx((0.025, 0.025 - half, 0.025 + half), abs=1e-8)
+    mean, low, high, n = paired_difference({(0, 0): 0.5}, {(0, 0): 0.25})
+    assert (mean, n) == (0.25, 1) and math.isnan(low) and math.isnan(high)
+    assert paired_difference({(0, 0): 0.5}, {(0, 1): 0.5}) is None
+
+
+def line(method, fold, seed, score, options="", labelled=1.0, **others):
+    facts = {
+        **{"study": "s", "dataset": "d", "pair": "p", "teacher": "t", "method": method, "options": options},
+        **{"alone": method.startswith("none"), "labelled": labelled, "fold": fold, "seed": seed, "steps": 9},
+        **{"settings": {}, "error": None, "test_mean_iou": score, "test_iou_road": score, "validation_mean_iou": 0.5},
+        **{"seconds": 90.0, "milliseconds_per_step": 10.0, "peak_megabytes": 700, "peak_gpu_megabytes": None},
+        **{"device": "CPU", "processor": "x86_64", "command": f"{method} {options} {fold} {seed} {labelled}"},
+    }
+    return {**facts, **others}
+
+
+def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
+    lines = [line("none", 0, seed, score) for seed, score in ((0, 0.2), (1, 0.4))]
+    lines += [line("none_10", 0, seed, 0.1, labelled=0.1) for seed in (0, 1)]
+    lines += [line("drd", 0, 0, 0.9), line("drd", 0, 0, 0.3), line("drd", 0, 1, 0.5), line("drd", 0, 2, 0.4)]
+    lines += [line("drd_10", 0, seed, 0.15, labelled=0.1) for seed in (0, 1)]
+    lines += [line("kd", 0, 0, 0.25, "a"), line("kd", 0, 1, None, "a", error="the loss is not finite")]
+    ((title, group),) = sections([*lines, line("teacher", 0, 0, 0.8, pair=None)])
+    assert title == "d: p, 9 steps"
+    rows = {row["method"]: row for row in rows_of(group)}
+    assert list(rows) == ["drd", "none", "kd", "drd_10", "none_10"]
+    drd = rows["drd"]
+    assert drd["runs"] == 3 and drd["test"] == pytest.approx(0.4)  # the repeated run counts once, as its last line
+    assert drd["deviation"] == pytest.approx(0.1)
+    assert drd["gain"][0] == pytest.approx(0.1) and drd["gain"][3] == 2
+    assert rows["drd_10"]["gain"][0] == pytest.approx(0.05)  # not against the student alone with all labels
+    assert rows["none"]["gain"] is None and rows["none"]["behind"][0] == pytest.approx(0.1)
+    assert (rows["kd"]["runs"], rows["kd"]["diverged"], rows["kd"]["behind"][3]) == (1, 1, 1)
+    text = markdown(lines)
+    assert "| drd |  | 3 | 50.0 | 40.0 ± 10.0 | +10.0 [+10.0, +10.0] (n 2) |" in text
+    assert "| kd | `a` | 1 (1 diverged) | 50.0 | 25.0 | +5.0 (n 1) | +5.0 (n 1) |" in text
+
+
+def test_students_of_other_settings_are_in_a_table_of_their_own():
+    lines = [line("none", 0, 0, 0.2, "a"), line("none", 0, 0, 0.3, "b", settings={"learning_rate": 1})]
+    assert [[one["test_mean_iou"] for one in group] for _, group in sections(lines)] == [[0.2], [0.3]]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "compare.jsonl"
+    results.append_line(path, {"command": "a"})
+    with path.open("a") as file:
+        file.write('{"command": "b", "test')
+    with pytest.raises(UserError, match=r"compare\.jsonl: line 2 is not whole JSON"):
+        results.finished(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("pairs"), "pairs is missing"),
+        (lambda c: c.update(methds={}), "unknown key 'methds'; nearest: methods"),
+        (lambda c: c["methods"].update(kd={}), "kd has no options"),
+        (lambda c: c["methods"].update(kd={"options": "--method kd={weight}"}), "give weights to choose from"),
+        (lambda c: c["methods"].update(kd={"like": "dr"}), "'dr' is not in the study; it has drd"),
+        (lambda c: c["methods"].update(kd={"option": "x"}), "unexpected keyword argument 'option'"),
+        (lambda c: c["pairs"]["big_to_small"].update(teacher="huge"), "'huge' is not in the study; it has big"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(tiny, tmp_path, change, message):
+    content = yaml.safe_load(tiny.read_text())
+    change(content)
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message) as raised:
+        read_study(path)
+    assert "wrong.yaml" in str(raised.value) and "\n" not in str(raised.value)
