@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="fp32", help="Numbers that the model computes in. Default: fp32.")
     add("--probabilities", action="store_true", help="Also NAME-probabilities.tif, a band for each class.")
     add("--vector", choices=["gpkg", "geojson"], help="Also the polygons of equal class (extra: vector).")
-    add("--overwrite", action="store_true", help="Replace maps of other models or options.")
+    add("--overwrite", action="store_true", help="Replace maps and polygons of other models, options or versions.")
     return parser.parse_intermixed_args()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 import rasterio
 import torch
 from PIL import Image
+from rasterio._env import get_gdal_config  # no public name
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
@@ -257,7 +259,7 @@ def test_strips_of_window_rows_give_the_very_same_numbers(count, model):
         def blocks(*window_rows, grid=grid):
             whole = np.full((3, 210, 70), np.nan, np.float32)
             for row, column, block, _ in blended_blocks(
-                model, PROCESSOR, lambda row, n: (pixels[row : row + n], None), grid, 4, *window_rows
+                model, PROCESSOR, lambda row, out: np.copyto(out, pixels[row : row + len(out)]), grid, 4, *window_rows
             ):
                 whole[:, row : row + block.shape[1], column : column + block.shape[2]] = block
             return whole
@@ -271,9 +273,9 @@ def test_strips_of_window_rows_give_the_very_same_numbers(count, model):
 def test_each_row_is_read_once_and_in_order(model):
     asked = []
 
-    def read_rows(row, count):
-        asked.extend(range(row, row + count))
-        return np.zeros((count, 70, 3), np.uint8), None
+    def read_rows(row, out):
+        asked.extend(range(row, row + len(out)))
+        out[:] = 0
 
     list(blended_blocks(model, PROCESSOR, read_rows, window_grid(150, 70, 32, 0.25)))
     assert asked == list(range(150))
@@ -540,6 +542,57 @@ def test_a_full_disk_while_polygons_are_written_is_an_error_and_leaves_none(endi
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "\n" not in str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "map.tif.aux.xml", "source.tif"]
+
+
+@pytest.mark.parametrize("shared", ["probabilities", "vector"])
+def test_no_output_is_made_by_two_processes(shared, model, tmp_path):
+    # Only the map had a lock: runs with two maps and one path for the rest wrote that over each other.
+    if shared == "vector":
+        pytest.importorskip("geopandas", reason="needs the extra `vector`")
+    source = write(tmp_path / "source.tif", noise(64, 64), **UTM)
+    path = tmp_path / {"probabilities": "p.tif", "vector": "p.gpkg"}[shared]
+    begun, go_on = threading.Event(), threading.Event()
+    arguments = {"processor": PROCESSOR, "source": source, "progress": False, "fingerprint": "same", shared: path}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(
+            predict_raster, Waiting(model, begun, go_on), destination=tmp_path / "first.tif", **arguments
+        )
+        try:
+            assert begun.wait(60)
+            with pytest.raises(UserError, match=f"{path.name}: is being made by another process"):
+                predict_raster(model, destination=tmp_path / "a_second.tif", **arguments)
+        finally:
+            go_on.set()
+        assert first.result()
+    names = ["first.tif", "first.tif.aux.xml", path.name, "source.tif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_gdals_cache_holds_megabytes_and_is_given_back(model, tmp_path):
+    # rasterio takes GDAL_CACHEMAX in bytes, GDAL itself in megabytes: with 64 every block was decoded two or three times.
+    source, sizes = write(tmp_path / "source.tif", noise(64, 64), **UTM), []
+    before = get_gdal_config("GDAL_CACHEMAX")
+
+    class Asking(Counting):
+        def forward(self, pixel_values):
+            sizes.append(get_gdal_config("GDAL_CACHEMAX"))
+            return super().forward(pixel_values)
+
+    predict_raster(Asking(model), PROCESSOR, source, tmp_path / "map.tif", tile=64, progress=False)
+    assert sizes and all(2**24 <= size < 2**27 for size in sizes)
+    assert get_gdal_config("GDAL_CACHEMAX") == before
+
+
+def test_a_reference_system_that_is_unknown_is_refused(model, tmp_path):
+    # GDAL put a local system in its place, and the map lay nowhere.
+    source = write(tmp_path / "source.tif", noise(64, 64), **UTM)
+    key = struct.pack("<HHHH", 3072, 0, 1, 32633)  # ProjectedCSTypeGeoKey
+    content = source.read_bytes()
+    assert content.count(key) == 1
+    source.write_bytes(content.replace(key, struct.pack("<HHHH", 3072, 0, 1, 29999)))
+    with pytest.raises(UserError, match="source.tif: has the reference system EPSG:29999, which PROJ does not know"):
+        predict_raster(model, PROCESSOR, source, tmp_path / "map.tif", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.tif"]
 
 
 class WithoutNumbers(Counting):

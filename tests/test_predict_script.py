@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_all_inputs_but_the_wrong_ones_are_done_the_same_by_one_process_and_by_t
     assert again.returncode == 0 and (project / "one" / "x.tif").exists()  # alone, it needs no folder
 
 
-def test_wrong_options_are_one_line(project):
+def test_wrong_options_are_one_line(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
     for words, message in (
         (["--device", "nowhere"], "device nowhere: not available here"),
         # These were said once for each input, by a run that could not succeed.
@@ -104,8 +106,11 @@ def test_wrong_options_are_one_line(project):
                 "splits": {"train": {"tiles": 1, "sources": 1, "pixel_shares": {"land": 1, "water": 0}, "ignored_share": 0}},
             }  # fmt: skip
             (project / "tiles" / "README.md").write_text(f"---\nsegmentation: {json.dumps(card)}\n---\n")
-        done = run("in/a/x.tif", "--model", "model", "--output", "wrong", *words, cwd=project)
-        assert done.returncode == 2 and message in errors(done)[0] and len(errors(done)) == 1, done.stderr
+        monkeypatch.setattr(sys, "argv", [*COMMAND, "in/a/x.tif", "--model", "model", "--output", "wrong", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(COMMAND[0], run_name="__main__")
+        said = re.findall(r"error: [^\r\n]*", capsys.readouterr().err)
+        assert ended.value.code == 2 and message in said[0] and len(said) == 1, said
         assert not list((project / "wrong").rglob("*.tif"))
 
 

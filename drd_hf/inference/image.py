@@ -59,8 +59,8 @@ def predict_image(
     classes = torch.empty(image.shape[:2], dtype=torch.uint8, device=model.device)
     probabilities = torch.empty(model.config.num_labels, *image.shape[:2]) if return_probabilities else None
 
-    def read(row: int, count: int) -> tuple[np.ndarray, None]:
-        return image[row : row + count], None
+    def read(row: int, pixels: np.ndarray) -> None:
+        pixels[:] = image[row : row + len(pixels)]
 
     for row, column, block, _ in blended_blocks(model, processor, read, grid, batch_size):
         place = (slice(row, row + block.shape[1]), slice(column, column + block.shape[2]))

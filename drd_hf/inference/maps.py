@@ -4,14 +4,14 @@ import colorsys
 import json
 import xml.etree.ElementTree as ET
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import rasterio
 import rasterio.shutil
-from rasterio.io import DatasetReader
+from rasterio.io import DatasetReader, DatasetWriter
 from rasterio.windows import Window
 
 from drd_hf.data.facts import CITYSCAPES, IGNORE_INDEX, ISPRS_CLASSES
@@ -19,10 +19,12 @@ from drd_hf.data.facts import CITYSCAPES, IGNORE_INDEX, ISPRS_CLASSES
 RUN_TAG = "DRD_HF_RUN"
 PROBABILITY_SCALE = 0.004  # 250 is 1; 255 has to stay free
 ROWS = 512  # that are copied or checked at a time
-# Unfinished files are in strips of one row: they are written once, from top to bottom, whatever the height of a write.
-UNFINISHED = {"driver": "GTiff", "dtype": "uint8", "nodata": IGNORE_INDEX, "blockysize": 1, "interleave": "pixel"}
+# Unfinished files are in strips: they are written once, from top to bottom. Windows begin at multiples of 32 rows.
+UNFINISHED = {"driver": "GTiff", "dtype": "uint8", "nodata": IGNORE_INDEX, "blockysize": 16, "interleave": "pixel"}
 UNFINISHED |= {"compress": "deflate", "zlevel": 1, "bigtiff": "IF_SAFER"}
-COG = {"driver": "COG", "compress": "deflate", "blocksize": 512, "bigtiff": "IF_SAFER"}
+# Level 5 instead of 6: maps are 7 % larger and made in three quarters of the time. Threads change no byte.
+COG = {"driver": "COG", "compress": "deflate", "level": 5, "num_threads": "ALL_CPUS"}
+COG |= {"blocksize": 512, "bigtiff": "IF_SAFER"}
 OVERVIEWS = {"map": "MODE", "probabilities": "AVERAGE"}
 
 
@@ -64,38 +66,45 @@ def close_part(writer: MapWriter) -> None:
     writer.path.with_suffix(".json").write_text(json.dumps(asdict(writer.close())))
 
 
-def join_parts(
-    folder: Path,
+def describe(
+    dataset: DatasetWriter,
     kind: str,
-    count: int,
     source: DatasetReader | None,
     names: Sequence[str],
     colors: Sequence[tuple[int, int, int]],
     tags: Mapping[str, str],
+) -> None:
+    """Write the georeference of `source` (None: none), names, colours and tags, before any pixels."""
+    if source is not None:
+        _copy_georeference(source, dataset)
+    dataset.update_tags(**tags, CLASSES=json.dumps(list(names)))
+    if kind == "map":
+        dataset.set_band_description(1, "class")
+        dataset.write_colormap(1, {i: (*color, 255) for i, color in enumerate(colors)} | {IGNORE_INDEX: (0, 0, 0, 0)})
+    else:
+        dataset.scales = [PROBABILITY_SCALE] * dataset.count
+        for band, name in enumerate(names, 1):
+            dataset.set_band_description(band, name)
+
+
+def join_parts(
+    folder: Path, kind: str, count: int, describe_whole: Callable[[MapWriter], None]
 ) -> tuple[Path, WrittenMap]:
-    """One file of all parts, with the georeference of `source` (None: without one), names, colours and tags."""
+    """One file of all parts; a single one was described when it was opened, and is the whole."""
     paths = [part_path(folder, kind, index) for index in range(count)]
     parts = [WrittenMap(**json.loads(path.with_suffix(".json").read_text())) for path in paths]
+    whole = folder / f"{kind}.tif"
+    if count == 1:
+        return paths[0].replace(whole), parts[0]
     with rasterio.open(paths[0]) as first:
         width, bands = first.width, first.count
-    writer = MapWriter(folder / f"{kind}.tif", sum(part.height for part in parts), width, bands)
-    with writer.dataset as whole:
-        if source is not None:
-            _copy_georeference(source, whole)
-        whole.update_tags(**tags, CLASSES=json.dumps(list(names)))
-        if kind == "map":
-            whole.set_band_description(1, "class")
-            whole.write_colormap(
-                1, {i: (*color, 255) for i, color in enumerate(colors)} | {IGNORE_INDEX: (0, 0, 0, 0)}
-            )
-        else:
-            whole.scales = [PROBABILITY_SCALE] * bands
-            for band, name in enumerate(names, 1):
-                whole.set_band_description(band, name)
+    writer = MapWriter(whole, sum(part.height for part in parts), width, bands)
+    with writer.dataset:
+        describe_whole(writer)
         for path, part in zip(paths, parts, strict=True):
             _check(path, part, writer.write)
             path.unlink()
-        return writer.path, writer.close()
+        return whole, writer.close()
 
 
 def finish_map(path: Path, written: WrittenMap, final: Path, names: Sequence[str]) -> None:

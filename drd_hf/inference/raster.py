@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from drd_hf.inference.maps import (
     MapWriter,
     class_colors,
     close_part,
+    describe,
     finish_map,
     join_parts,
     part_path,
@@ -40,18 +43,17 @@ from drd_hf.inference.maps import (
 )
 from drd_hf.inference.polygons import FORMATS, check_polygons, run_of_polygons, write_polygons
 from drd_hf.inference.windows import NotFinite, WindowGrid, blended_blocks, class_ids, window_grid
-from drd_hf.models import bands_of
+from drd_hf.models import bands_of, colors_of
 
-# A cache of GDAL's default size, a twentieth of the machine, would be most of what a prediction takes. A damaged JPEG is
-# an error, not grey.
+# A cache of GDAL's default size, a twentieth of the machine, would be most of what a prediction takes; rasterio takes
+# bytes. A damaged JPEG is an error, not grey.
 GDAL_OPTIONS = {
-    "GDAL_CACHEMAX": 64,
+    "GDAL_CACHEMAX": 2**26,
     "GDAL_PAM_ENABLED": True,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,
 }
-
-
 PIECE_BYTES = 2**24
+ROOM_BYTES = 112 * 2**20  # for what grows with the width of a raster, and GDAL's cache, which gets the rest
 NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # settings that change no answer
 
 
@@ -84,9 +86,8 @@ class _Job:
         return self.destination.with_name(f".{self.destination.name}.tmp")
 
     @property
-    def lock(self) -> Path:
-        """Only the process that holds it may touch the folder."""
-        return self.destination.with_name(f".{self.destination.name}.tmp.lock")
+    def outputs(self) -> list[Path]:
+        return [path for path in (self.destination, self.probabilities, self.vector) if path]
 
 
 def predict_raster(
@@ -128,7 +129,8 @@ def predict_raster(
             ellipsoid, whatever the projection, or `area_px` without a reference system. A GeoPackage has the
             coordinates of the source (pixels, if it has none), GeoJSON has degrees of WGS 84. Needs the extra `vector`.
             Memory grows with the number of polygons, not of pixels.
-        colors: K RGB colours, 0-255. None: those of ISPRS or Cityscapes where the classes are theirs, else bright ones.
+        colors: K RGB colours, 0-255. None: those of the model (`class_colors` in its configuration); without, those of
+            ISPRS or Cityscapes where the classes are theirs, else bright ones.
         overwrite: replace what was made by another model, from another source or with other options.
         progress: show a bar over the windows.
         fingerprint: `model_fingerprint(model, processor)`, to compute it once for many rasters.
@@ -224,23 +226,34 @@ def _first_of(state, value):
 
 @contextlib.contextmanager
 def _locked(job: _Job) -> Iterator[None]:
-    """The folder of a job, for one process at a time; it is removed at the end."""
-    lock = FileLock(job.lock)
-    busy = UserError(f"{job.destination}: is being made by another process; wait until it is done")
-    with _writing(job.destination):
+    """The outputs and the folder of a job, for one process at a time; the folder is removed at the end."""
+    with contextlib.ExitStack() as held:
+        for path in sorted(job.outputs):
+            held.enter_context(_lock(path))
+        try:
+            yield
+        finally:
+            shutil.rmtree(job.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    file = path.with_name(f".{path.name}.tmp.lock")
+    lock = FileLock(file)
+    busy = UserError(f"{path}: is being made by another process; wait until it is done")
+    with _writing(path):
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise busy from None
     try:
-        if not job.lock.exists():  # of a process that has removed it since it was opened here
+        if not file.exists():  # of a process that has removed it since it was opened here
             raise busy
         try:
             yield
         finally:
-            shutil.rmtree(job.folder, ignore_errors=True)
             with contextlib.suppress(OSError):
-                job.lock.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
     finally:
         lock.release()
 
@@ -255,7 +268,8 @@ def _plan(
     _check_outputs(source, destination, probabilities, vector)
     if len(names) > IGNORE_INDEX:
         raise UserError(f"the model has {len(names)} classes: a map of 8 bits holds at most {IGNORE_INDEX}")
-    colors = class_colors(names) if colors is None else tuple(tuple(map(int, color)) for color in colors)
+    colors = (colors_of(model.config) or class_colors(names)) if colors is None else colors
+    colors = tuple(tuple(map(int, color)) for color in colors)
     if len(colors) != len(names):
         raise UserError(f"{len(colors)} colours for {len(names)} classes: pass one colour per class")
     with _opened(source) as dataset:
@@ -330,7 +344,8 @@ def _choose_bands(model, dataset, source: str, bands: Sequence[int] | None) -> t
         if dataset.colorinterp[0] == ColorInterp.palette and dataset.count == 1 and number == 3:
             return None
         if number not in (dataset.count, dataset.count - alpha):
-            raise UserError(f"{source}: has {dataset.count} bands, {reads}: choose them with --bands (bands=)")
+            bands = f"{dataset.count} band{'s' * (dataset.count > 1)}"
+            raise UserError(f"{source}: has {bands}, {reads}: choose them with --bands (bands=)")
         bands = range(1, number + 1)
     bands = tuple(int(band) for band in bands)
     if len(bands) != number:
@@ -359,12 +374,15 @@ def _predict_part(model, processor, job: _Job, index: int, count: int, batch_siz
     bar = tqdm(total=total, desc=Path(job.source).name, unit="window", disable=not progress or index > 0, leave=False)
     bands = {"map": 1} | ({"probabilities": number} if job.probabilities else {})
     with _opened(job.source) as dataset, bar, contextlib.ExitStack() as open_files:
+        open_files.enter_context(rasterio.Env(GDAL_CACHEMAX=_cache_bytes(model, dataset, grid)))
         writers = {}
         for kind in bands:
             path = part_path(job.folder, kind, index)
             path.with_suffix(".json").unlink(missing_ok=True)
             with _writing(job.destination):
                 writers[kind] = MapWriter(path, bottom - top, grid.width, bands[kind])
+                if count == 1:  # the part becomes the whole
+                    _describe(job, writers[kind], kind, dataset)
             open_files.enter_context(writers[kind].dataset)
         blocks = blended_blocks(
             model, processor, _reader(dataset, job), grid, batch_size, first, last, progress=bar.update
@@ -401,7 +419,24 @@ def _predict_part(model, processor, job: _Job, index: int, count: int, batch_siz
                 close_part(writer)
 
 
-def _reader(dataset, job: _Job) -> Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]:
+def _describe(job: _Job, writer: MapWriter, kind: str, source) -> None:
+    reference = None if kind == "map" and job.destination.suffix.lower() == ".png" else source
+    describe(writer.dataset, kind, reference, job.names, job.colors, job.tags)
+
+
+def _cache_bytes(model, dataset, grid: WindowGrid) -> int:
+    """Room for GDAL's cache: what the window rows leave, but enough that no block is decoded twice (up to 64 MiB)."""
+    height, width = grid.window[0], grid.columns[-1] + grid.window[1]
+    shared = max(top + height - end for top, end in zip(grid.rows, grid.row_ends, strict=True))
+    taken = width * height * input_channels(model)  # the pixels
+    if model.device.type == "cpu":
+        taken += 4 * width * shared * model.config.num_labels  # the sums of what two window rows share
+    taken += taken // 2  # a process was seen to grow so much faster
+    blocks = dataset.block_shapes[0][0] * width * dataset.count
+    return max(ROOM_BYTES - taken, min(3 * blocks // 2, GDAL_OPTIONS["GDAL_CACHEMAX"]))
+
+
+def _reader(dataset, job: _Job) -> Callable[[int, np.ndarray], np.ndarray | None]:
     """`read` of `blended_blocks`: rows of the chosen bands, and where they have data."""
     flags = {flag for band in dataset.mask_flag_enums for flag in band}
     data_is_alpha = job.bands and dataset.colorinterp[-1] == ColorInterp.alpha and dataset.count in job.bands
@@ -411,23 +446,22 @@ def _reader(dataset, job: _Job) -> Callable[[int, int], tuple[np.ndarray, np.nda
         for index, color in dataset.colormap(1).items():
             colors[index] = color
 
-    def read(row: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        pixels = np.empty((count, dataset.width, len(job.bands or "RGB")), np.uint8)
+    def read(row: int, pixels: np.ndarray) -> np.ndarray | None:
         valid = np.ones(pixels.shape[:2], bool) if masked or job.bands is None else None
         try:
-            for window in _pieces(dataset, row, count):
+            for window in _pieces(dataset, row, len(pixels)):
                 place = (slice(window.row_off - row, window.row_off - row + window.height),
                          slice(window.col_off, window.col_off + window.width))  # fmt: skip
                 if job.bands is None:
                     drawn = colors[dataset.read(1, window=window)]
                     pixels[place], valid[place] = drawn[..., :3], drawn[..., 3] > 0
                     continue
-                pixels[place] = dataset.read(job.bands, window=window).transpose(1, 2, 0)
+                dataset.read(job.bands, window=window, out=pixels[place].transpose(2, 0, 1))
                 if masked:
                     valid[place] = dataset.dataset_mask(window=window) > 0
         except DAMAGE as error:
             raise UserError(f"{job.source}: is damaged or cut short ({_reason(error)}); get it again") from error
-        return pixels, valid
+        return valid
 
     return read
 
@@ -459,9 +493,8 @@ def _finish(job: _Job, count: int, todo: set[str]) -> None:
                     made[path] = final
                     # Nothing of what is written depends on a file beside it, but for the names of the classes.
                     with _writing(path), rasterio.Env(GDAL_PAM_ENABLED=False):
-                        reference = None if final.suffix == ".png" else dataset
                         joined, written = join_parts(
-                            job.folder, kind, count, reference, job.names, job.colors, job.tags
+                            job.folder, kind, count, lambda writer, kind=kind: _describe(job, writer, kind, dataset)
                         )
                         if not written.has_data:
                             raise UserError(f"{job.source}: has no pixel with data")
@@ -500,13 +533,31 @@ def _opened(source: str | Path):
         raise UserError(f"{source}: is empty")
     with _environment():
         try:
-            dataset = rasterio.open(source)
+            with _unknown_codes() as unknown:
+                dataset = rasterio.open(source)
         except DAMAGE as error:
             raise UserError(f"{source}: cannot be read as an image ({_reason(error, source)})") from error
         with dataset:
+            if unknown and not (dataset.crs and (dataset.crs.is_geographic or dataset.crs.is_projected)):
+                raise UserError(
+                    f"{source}: has the reference system {unknown[0]}, which PROJ does not know: give it the right one"
+                )
             if not (dataset.count and dataset.width and dataset.height):
                 raise UserError(f"{source}: has no bands of pixels of its own")
             yield dataset
+
+
+@contextlib.contextmanager
+def _unknown_codes() -> Iterator[list[str]]:
+    """Codes of reference systems that PROJ does not know: rasterio logs them, and goes on with a local system."""
+    codes = []
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("rasterio")
+    handler.emit = lambda record: codes.extend(re.findall(r"crs not found: (\S+)", record.getMessage()))
+    logger.addHandler(handler)
+    try:
+        yield codes
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

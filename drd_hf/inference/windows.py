@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from drd_hf.data.tiles import tile_origins
 from drd_hf.data.transforms import normalization_of, normalize
 from drd_hf.errors import UserError
+from drd_hf.features import input_channels
 
 # Networks halve sizes five times and round up. Where the size of a window is no multiple of this, coarse features end up
 # to 31 pixels off when they are stretched to the size of the fine ones; where its first pixel is none, they see a grid
 # other than that of its neighbours.
 MULTIPLE = 32
-ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
+ReadRows = Callable[[int, np.ndarray], np.ndarray | None]
 
 
 class NotFinite(UserError):
@@ -112,8 +113,9 @@ def blended_blocks(
 
     Args:
         model, processor: as in `predict_image`; the model is left in eval mode.
-        read: `read(row, count)` gives uint8 (count, W, C) and, where pixels are without data, bool (count, W) that is
-            False there; else None. It is called with ascending rows and for no row twice.
+        read: `read(row, pixels)` fills uint8 (count, W, C) with the rows from `row` on and, where pixels are without
+            data, gives bool (count, W) that is False there; else None. It is called with ascending rows and for no row
+            twice.
         batch_size: windows per forward pass. A batch ends with its window row, so that a part of the window rows gives
             the same numbers as all of them.
         first, last: window rows whose blocks are wanted, `last` excluded. Those above that reach into them are predicted
@@ -132,21 +134,18 @@ def blended_blocks(
     shared = [top + height - end for top, end in zip(grid.rows, grid.row_ends, strict=True)]
     carry = torch.zeros(number, max(shared[start:last]), grid.width, device=device)
     carried = 0  # rows of `carry` that the window row before has written
-    strip, valid, read_to = None, None, grid.rows[start]
+    strip = _Strip(read, grid, input_channels(model), grid.rows[start])
     model.eval()
     for i in range(start, last):
         top, done = grid.rows[i], height - shared[i]
-        bottom = min(top + height, grid.height)
-        strip, valid = _next_strip(read, strip, valid, top, read_to, bottom)
-        read_to = bottom
-        pixels, mask = _continued(strip, valid, height, grid.columns[-1] + width)
+        strip.move(top)
         finite = torch.ones((), dtype=torch.bool, device=device)
-        part = torch.zeros(number, height, width, device=device)  # the columns at work, weighted sums
+        overlap = torch.zeros(number, height, 0, device=device)  # sums of the columns that the next window covers too
         for begin in range(0, len(grid.columns), batch_size):
             batch = range(len(grid.columns))[begin : begin + batch_size]
             places = {j: slice(grid.columns[j], grid.columns[j] + width) for j in batch}
-            seen = [j for j in batch if mask is None or mask[:, places[j]].any()]
-            logits = _logits(model, processor, [pixels[:, places[j]] for j in seen]) if seen else []
+            seen = [j for j in batch if strip.valid is None or strip.valid[:, places[j]].any()]
+            logits = _logits(model, processor, [strip.pixels[:, places[j]] for j in seen]) if seen else []
             answers = dict(zip(seen, logits, strict=True))
             if seen:
                 finite = finite & logits.isfinite().all()
@@ -157,17 +156,18 @@ def blended_blocks(
                     resized = F.interpolate(
                         answers[j][None].float(), size=grid.window, mode="bilinear", align_corners=False
                     )
-                    part += resized[0].softmax(dim=0).mul_(across[j]).mul_(down[i])
+                    part = resized[0].softmax(dim=0).mul_(down[i] * across[j])
+                else:
+                    part = torch.zeros(number, height, width, device=device)
+                part[:, :, : overlap.shape[2]] += overlap
                 column, ready = grid.columns[j], grid.column_ends[j] - grid.columns[j]
                 columns = slice(column, column + ready)
-                block = part[:, :, :ready].clone()
+                block, overlap = part[:, :, :ready], part[:, :, ready:]
                 block[:, :carried] += carry[:, :carried, columns]
                 carry[:, : shared[i], columns] = block[:, done:]
-                remaining = part[:, :, ready:].clone()
-                part[:, :, : width - ready] = remaining
-                part[:, :, width - ready :] = 0
                 if i >= first:
-                    yield Block(top, column, block[:, :done], None if valid is None else valid[:done, columns])
+                    valid = None if strip.valid is None else strip.valid[:done, columns].copy()
+                    yield Block(top, column, block[:, :done], valid)
             progress(len(batch))
         carried = shared[i]
 
@@ -177,27 +177,41 @@ def class_ids(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.max(dim=0).indices.to(torch.uint8)  # argmax takes ten times as long on a CPU
 
 
-def _next_strip(read: ReadRows, strip, valid, top: int, read_to: int, bottom: int):
-    """Pixels and mask of the rows from `top` to `bottom`; those that the window row before had too are not read again."""
-    if strip is None or read_to == top:
-        return read(top, bottom - top)
-    kept = slice(len(strip) - (read_to - top), None)
-    if read_to == bottom:
-        return strip[kept], None if valid is None else valid[kept]
-    new, new_valid = read(read_to, bottom - read_to)
-    if valid is not None or new_valid is not None:
-        old = np.ones(strip.shape[:2], bool) if valid is None else valid
-        new_valid = np.ones(new.shape[:2], bool) if new_valid is None else new_valid
-        valid = np.concatenate([old[kept], new_valid])
-    return np.concatenate([strip[kept], new]), valid
+class _Strip:
+    """The pixels of a window row, continued by their reflection where it reaches beyond the image.
+
+    `pixels` is uint8 (h, W, C); `valid` is bool (h, W), False without data and beyond the image, or None: all have data.
+    One buffer for all window rows: copies of strips would be most of the memory that grows with the width of an image.
+    """
+
+    def __init__(self, read: ReadRows, grid: WindowGrid, bands: int, top: int):
+        self.read, self.grid = read, grid
+        self.pixels = np.empty((grid.window[0], grid.columns[-1] + grid.window[1], bands), np.uint8)
+        self.valid = None
+        self.top = self.end = top
+
+    def move(self, top: int) -> None:
+        """Down to the rows from `top` on; those that are here already move up, the others are read."""
+        kept, shift, width = self.end - top, top - self.top, self.grid.width
+        self.top, self.end, read_to = top, min(top + len(self.pixels), self.grid.height), self.end
+        rows = self.end - top
+        self.pixels[:kept] = self.pixels[shift : shift + kept]
+        valid = self.read(read_to, self.pixels[kept:rows, :width]) if rows > kept else None
+        self.pixels[:rows, width:] = self.pixels[:rows, _reflection(width, self.pixels.shape[1])]
+        self.pixels[rows:] = self.pixels[_reflection(rows, len(self.pixels))]
+        if valid is not None and self.valid is None:
+            self.valid = np.ones(self.pixels.shape[:2], bool)
+        if self.valid is not None:
+            self.valid[:kept] = self.valid[shift : shift + kept]
+            self.valid[kept:rows] = True
+            if valid is not None:
+                self.valid[kept:rows, :width] = valid
+            self.valid[rows:] = self.valid[:, width:] = False
 
 
-def _continued(strip: np.ndarray, valid: np.ndarray | None, height: int, width: int):
-    """A strip at the lower or right border, continued by its reflection, which is no data."""
-    missing = ((0, height - strip.shape[0]), (0, width - strip.shape[1]))
-    if not any(after for _, after in missing):
-        return strip, valid
-    return np.pad(strip, (*missing, (0, 0)), mode="symmetric"), None if valid is None else np.pad(valid, missing)
+def _reflection(length: int, continued: int) -> np.ndarray:
+    """Where the pixels from `length` to `continued` are taken from."""
+    return np.pad(np.arange(length), (0, continued - length), mode="symmetric")[length:]
 
 
 def _logits(model: PreTrainedModel, processor, windows: list[np.ndarray]) -> torch.Tensor:
