@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+# Files of tests are shared by as many processes as there are cores, four at most (each needs about 2 GB).
+PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile
 LINT = $(VENV)/.lint
 DOCS = $(VENV)/.docs
 
@@ -24,15 +26,15 @@ demo: $(READY)  ## teacher, student alone, distilled student on generated scenes
 	$(BIN)/python scripts/demo.py --output demo
 
 test: $(READY)  ## the whole offline suite
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-slow: $(READY)  ## also the tests that take minutes
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python $(PYTEST) -m "slow or not slow"
 
 test-floor:  ## the suite on the oldest supported versions
 	$(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/floor.txt --editable '.[test]'
-	$(VENV)-floor/bin/python -m pytest
+	$(VENV)-floor/bin/python $(PYTEST)
 
 dubai: $(READY)  ## the comparison on aerial_dubai (needs ../shared/data, hours on CPU)
 	$(BIN)/python benchmarks/dubai.py

@@ -5,7 +5,8 @@ import tempfile
 
 # Before any Hugging Face library is imported: offline, and caches that are not the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="drd-hf-tests-"))
+if "HF_HOME" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:  # workers do not share one
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="drd-hf-tests-")
 
 from pathlib import Path
 
