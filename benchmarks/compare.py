@@ -1,6 +1,7 @@
 """Compare distillation methods: a matrix of method x pair x fold x seed, from one study file.
 
     python benchmarks/compare.py benchmarks/study/dubai.yaml                   # tune, compare, collect; again to go on
+    python benchmarks/compare.py benchmarks/study/dubai.yaml --max_hours 3     # a slice of it
     python benchmarks/compare.py benchmarks/study/dubai.yaml --stage tune      # weights, on validation alone
     python benchmarks/compare.py benchmarks/study/dubai.yaml --stage compare --methods none drd kd --folds 0 --seeds 0 1
     python benchmarks/compare.py benchmarks/study/dubai.yaml --stage collect   # tables and plots from the lines
@@ -9,16 +10,27 @@
 Every finished run is one line of benchmarks/results/compare.jsonl (compare_tuning.jsonl while weights are chosen), with
 its command; an interrupted one leaves none and is repeated. Several runners may work at one study at the same time.
 Weights are chosen on the validation split with one seed; the test split is scored by the stages compare and ablate.
+Each method is tuned and then trained once, so that all can be compared early; further folds and seeds follow, pair by pair.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.study.cells import is_finished, run_cells  # noqa: E402
 from benchmarks.study.lines import ROOT, append_line, finished, read_lines  # noqa: E402
-from benchmarks.study.plan import Cell, Method, Study, candidates, choose, read_study, student_cell  # noqa: E402
+from benchmarks.study.plan import (  # noqa: E402
+    Cell,
+    Method,
+    Study,
+    candidates,
+    choose,
+    read_study,
+    student_cell,
+    tuned_on,
+)
 from benchmarks.study.tables import collect  # noqa: E402
 from drd_hf.errors import UserError, run_script  # noqa: E402
 
@@ -26,71 +38,98 @@ RESULTS = ROOT / "benchmarks/results"
 STAGES = ("tune", "compare", "ablate", "collect")
 
 
-def chosen_weight(study: Study, pair: str, method: Method, results: Path) -> float | None:
+def chosen_weight(study: Study, pair: str, method: Method, lines: dict[str, dict]) -> float | None:
     """The candidate with the highest mean IoU on validation; None where a method has nothing to choose.
+
+    Args:
+        lines: {command: line} of the tuning runs that are finished.
 
     Raises:
         UserError: not all of its runs are finished, or all of them diverged.
     """
-    if method.weight is not None or "{weight}" not in method.options:
+    where = tuned_on(study, pair, method)
+    if where is None:
         return method.weight
     if method.like is not None:
-        return chosen_weight(study, pair, (study.methods | study.ablations)[method.like], results)
-    lines = finished(results / "compare_tuning.jsonl")
+        return chosen_weight(study, pair, (study.methods | study.ablations)[method.like], lines)
     cells = candidates(study, pair, method, ROOT)
     if any(cell.command not in lines for cell in cells):
         raise UserError(
-            f"the weight of {method.name} for {pair} is not chosen yet: run --stage tune, or give `weight`"
+            f"the weight of {method.name} for {where} is not chosen yet: run --stage tune, or give `weight`"
         )
     scores = {cell.facts["weight"]: lines[cell.command].get("validation_mean_iou") for cell in cells}
     scores = {weight: score for weight, score in scores.items() if score is not None}
     if not scores:
-        raise UserError(f"{method.name} diverged with every one of its weights for {pair}: give smaller ones")
+        raise UserError(f"{method.name} diverged with every one of its weights for {where}: give smaller ones")
     return max(scores, key=scores.get)
 
 
-def record_choices(study: Study, pairs: list[str], methods: list[Method], results: Path) -> None:
-    """Add what was chosen to the lines of the tuning runs, unless it stands there already."""
+def record_choices(study: Study, asked: dict[str, tuple[list[str], list[Method]]], results: Path) -> None:
+    """Add what was chosen so far to the lines of the tuning runs, unless it stands there already."""
     path = results / "compare_tuning.jsonl"
-    known = read_lines(path)
-    for pair in pairs:
-        for method in methods:
-            if not candidates(study, pair, method, ROOT):
-                continue
-            weight = chosen_weight(study, pair, method, results)
-            lines, scores = finished(path), {}
-            for cell in candidates(study, pair, method, ROOT):
-                scores[f"{cell.facts['weight']:g}"] = lines[cell.command].get("validation_mean_iou")
-            choice = {
-                "study": study.name,
-                "dataset": study.dataset,
-                "pair": pair,
-                "method": method.name,
-                **study.tuning,
-            }
-            choice |= {"chosen_weight": weight, "validation_mean_iou_by_weight": scores}
-            if choice not in known:
-                append_line(path, choice)
-            print(f"{pair}: {method.name} weight {weight:g} of {scores}")
-
-
-def students(study: Study, args, results: Path, stage: str) -> list[Cell]:
-    """The runs of a stage, seed by seed and fold by fold, so that what is finished early can be compared."""
-    if stage == "compare":
-        known, limits = study.methods, {}
-    else:
-        known, limits = study.ablations, study.ablation_of
-    methods = [known[name] for name in known if args.methods is None or name in args.methods]
-    pairs = choose(study.pairs, args.pairs or limits.get("pairs"), "pairs")
-    folds = choose(range(len(study.folds)), args.folds or limits.get("folds"), "folds")
-    seeds = args.seeds or limits.get("seeds") or study.seeds
-    return [
-        student_cell(study, pair, method, chosen_weight(study, pair, method, results), fold, seed, ROOT, stage)
-        for seed in seeds
-        for fold in folds
-        for pair in pairs
+    known, lines = read_lines(path), finished(path)
+    tuned = dict.fromkeys(
+        (tuned_on(study, pair, method), method)
+        for pairs, methods in asked.values()
         for method in methods
-    ]
+        for pair in pairs
+    )
+    for pair, method in tuned:
+        cells = [] if pair is None else candidates(study, pair, method, ROOT)
+        if not cells or any(cell.command not in lines for cell in cells):
+            continue
+        scores = {f"{cell.facts['weight']:g}": lines[cell.command].get("validation_mean_iou") for cell in cells}
+        weight = chosen_weight(study, pair, method, lines) if set(scores.values()) != {None} else None
+        choice = {"study": study.name, "dataset": study.dataset, "pair": pair, "method": method.name}
+        choice |= {**study.tuning, "chosen_weight": weight, "validation_mean_iou_by_weight": scores}
+        if choice not in known:
+            append_line(path, choice)
+        print(f"{pair}: {method.name} weight {weight} of {scores}")
+
+
+def asked_of(study: Study, args) -> dict[str, tuple[list[str], list[Method]]]:
+    """{stage: (pairs, methods)} of the stages that train something."""
+    asked = {}
+    for stage in (stage for stage in STAGES if stage in args.stage and stage != "collect"):
+        known, limits = (study.ablations, study.ablation_of) if stage == "ablate" else (study.methods, {})
+        pairs = choose(study.pairs, args.pairs or limits.get("pairs"), "pairs")
+        asked[stage] = pairs, [known[name] for name in known if args.methods is None or name in args.methods]
+    return asked
+
+
+def plan(study: Study, args, lines: dict[str, dict]) -> tuple[list[Cell], list[str]]:
+    """The runs that are asked for, as far as the tuning runs in `lines` let them be known, and what is missing yet.
+
+    First each method's candidates and one student, method by method, then the rest of a seed, pair by pair.
+    """
+    asked, missing = asked_of(study, args), {}
+
+    def students(stage: str, pair: str, method: Method, fold: int, seed: int) -> list[Cell]:
+        try:
+            weight = chosen_weight(study, pair, method, lines)
+        except UserError as error:
+            missing[str(error)] = None
+            return []
+        return [student_cell(study, pair, method, weight, fold, seed, ROOT, stage)]
+
+    cells = []
+    for stage, tuning in (("compare", "tune"), ("ablate", "ablate")):  # ablations may have candidates of their own
+        pairs, methods = asked.get(stage, ((), ()))
+        pairs_to_tune, methods_to_tune = asked.get(tuning, ((), ()))
+        limits = study.ablation_of if stage == "ablate" else {}
+        folds = choose(range(len(study.folds)), args.folds or limits.get("folds"), "folds")
+        seeds = args.seeds or limits.get("seeds") or study.seeds
+        for pair in dict.fromkeys(study.tuned_on or pair for pair in pairs_to_tune):
+            for method in methods_to_tune:
+                cells += candidates(study, pair, method, ROOT)
+                if pair in pairs and method in methods:
+                    cells += students(stage, pair, method, folds[0], seeds[0])
+        for seed in seeds:
+            for pair in pairs:
+                for fold in folds:
+                    for method in methods:
+                        cells += students(stage, pair, method, fold, seed)
+    return list(dict.fromkeys(cells)), list(missing)
 
 
 def show(cells: list[Cell], results: Path) -> None:
@@ -109,6 +148,7 @@ def main() -> None:
     add("--seeds", nargs="+", type=int, help="seeds of the students (default: the study's)")
     add("--steps", type=int, help="steps of the students, instead of the study's")
     add("--results", type=Path, default=RESULTS, help="folder of the lines, tables and plots")
+    add("--max_hours", type=float, default=math.inf, help="start no run later than that; the same command goes on")
     add("--discard_models", action="store_true", help="keep of a finished student only its run.json")
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
@@ -116,32 +156,24 @@ def main() -> None:
     choose(study.methods | study.ablations, args.methods, "--methods")
     choose(range(len(study.folds)), args.folds, "--folds")
     choose(study.pairs, args.pairs, "--pairs")
-    failed = []
-    for stage in (stage for stage in STAGES if stage in args.stage):
-        if stage == "collect":
-            collect(results)
-            continue
-        known = study.ablations if stage == "ablate" else study.methods
-        methods = [known[name] for name in known if args.methods is None or name in args.methods]
-        if stage != "compare":  # ablations choose weights too, where they have candidates of their own
-            over = choose(
-                study.pairs, args.pairs or (stage == "ablate" and study.ablation_of.get("pairs")) or None, "pairs"
-            )
-            cells = [cell for pair in over for method in methods for cell in candidates(study, pair, method, ROOT)]
-            if args.dry_run:
-                show(cells, results)
-            else:
-                print(f"{study.name}, weights: ", end="", flush=True)
-                if failed := run_cells(study, cells, results, args.discard_models):
-                    break
-                record_choices(study, over, methods, results)
-        if stage != "tune":
-            cells = students(study, args, results, stage)
-            if args.dry_run:
-                show(cells, results)
-            else:
-                print(f"{study.name}, {stage}: ", end="", flush=True)
-                failed += run_cells(study, cells, results, args.discard_models)
+
+    def plan_now() -> tuple[list[Cell], list[str]]:
+        return plan(study, args, finished(results / "compare_tuning.jsonl"))
+
+    asked, failed = asked_of(study, args), []
+    cells, missing = plan_now()
+    if missing and not cells:
+        raise UserError(missing[0])
+    if args.dry_run:
+        show(cells, results)
+    elif asked:
+        print(f"{study.name}: ", end="", flush=True)
+        failed = run_cells(study, lambda: plan_now()[0], results, args.discard_models, args.max_hours)
+        record_choices(study, asked, results)
+    for reason in plan_now()[1]:
+        print(f"left out: {reason}")
+    if "collect" in args.stage and not args.dry_run:
+        collect(results)
     if failed:
         raise UserError(f"{len(failed)} runs failed; first {failed[0]}; the same command repeats them")
 

@@ -1,5 +1,6 @@
 """The comparison of methods: plans are real commands, runs are resumable, tables say what their lines say."""
 
+import argparse
 import json
 import math
 import sys
@@ -24,7 +25,7 @@ from benchmarks.study import lines as results  # noqa: E402
 from benchmarks.study.cells import run_cells  # noqa: E402
 from benchmarks.study.data import keep_labels, labelled_sources  # noqa: E402
 from benchmarks.study.plan import candidates, read_study, student_cell, teacher_cell  # noqa: E402
-from benchmarks.study.tables import markdown, paired_difference, rows_of, sections  # noqa: E402
+from benchmarks.study.tables import collect, markdown, paired_difference, rows_of, sections  # noqa: E402
 from scripts import distill, train_teacher  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
@@ -72,7 +73,7 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     assert sorted(by_weight) == [0.1, 1]
     assert not any(key.startswith("test") for line in tuning for key in line)
     assert tuning[-1]["chosen_weight"] == max(by_weight, key=by_weight.get)
-    assert [line["method"] for line in compared] == ["teacher", "none", "drd"]
+    assert [line["method"] for line in compared] == ["none", "teacher", "drd"]
     student = compared[-1]
     assert student["weight"] == tuning[-1]["chosen_weight"] and f"drd={student['weight']:g}" in student["command"]
     needed = (
@@ -91,7 +92,7 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     written = (folder / "compare.jsonl").read_bytes()
     run_study(monkeypatch, tiny)
     assert (folder / "compare.jsonl").read_bytes() == written
-    assert "3 runs, 3 of them finished before" in capsys.readouterr().out
+    assert "5 runs, 5 of them finished before" in capsys.readouterr().out
 
 
 def test_a_teacher_that_was_trained_before_is_only_scored(tiny, monkeypatch):
@@ -102,7 +103,7 @@ def test_a_teacher_that_was_trained_before_is_only_scored(tiny, monkeypatch):
     path.write_text(yaml.safe_dump(content))
     study, folder = read_study(path), tiny.parent / "results"
     cell = teacher_cell(study, "big", 0, 1.0, ROOT)
-    assert run_cells(study, [cell], folder) == []
+    assert run_cells(study, lambda: [cell], folder) == []
     before, now = (one for one in results.read_lines(folder / "compare.jsonl") if one["method"] == "teacher")
     assert cell.words[0] == "scripts/evaluate.py" and now["study"] == "again"
     assert now["test_mean_iou"] == pytest.approx(before["test_mean_iou"], abs=1e-9)
@@ -142,15 +143,144 @@ def test_a_run_that_another_runner_is_at_is_waited_for_and_not_repeated(tiny, mo
     assert not (ROOT / cell.folder / "run.json").exists()
 
 
-def test_weights_that_are_not_tuned_yet_are_asked_for(tiny, tmp_path):
+def test_the_weight_with_the_highest_validation_score_is_chosen_once_all_are_there(tiny):
     study = read_study(tiny)
-    with pytest.raises(UserError, match="weight of drd for big_to_small is not chosen yet: run --stage tune"):
-        compare.chosen_weight(study, "big_to_small", study.methods["drd"], tmp_path)
-    cells = candidates(study, "big_to_small", study.methods["drd"], ROOT)
+    drd, lines = study.methods["drd"], {}
+    cells = candidates(study, "big_to_small", drd, ROOT)
     for cell, score in zip(cells, (None, 0.2), strict=True):  # the first one diverged
-        line = {"command": cell.command, "validation_mean_iou": score}
-        results.append_line(tmp_path / "compare_tuning.jsonl", line)
-    assert compare.chosen_weight(study, "big_to_small", study.methods["drd"], tmp_path) == 1
+        with pytest.raises(UserError, match="weight of drd for big_to_small is not chosen yet: run --stage tune"):
+            compare.chosen_weight(study, "big_to_small", drd, lines)
+        lines[cell.command] = {"validation_mean_iou": score}
+    assert compare.chosen_weight(study, "big_to_small", drd, lines) == 1
+    lines[cells[0].command]["validation_mean_iou"] = 0.3
+    assert compare.chosen_weight(study, "big_to_small", drd, lines) == 0.1
+
+
+def options_of(**given):
+    nothing = {"pairs": None, "methods": None, "folds": None, "seeds": None, "stage": ["tune", "compare"]}
+    return argparse.Namespace(**nothing | given)
+
+
+def test_every_method_is_compared_once_as_soon_as_it_is_tuned_before_other_folds_and_pairs(tiny, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    content["dataset"]["folds"] = ["a", "b"]
+    content["pairs"]["second"] = content["pairs"]["big_to_small"]
+    content["tuned_on"] = "big_to_small"
+    content["methods"]["kd"] = {"options": "--method kd={weight}", "weights": [1, 10]}
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    study = read_study(path)
+
+    def shown(lines):
+        cells, missing = compare.plan(study, options_of(), lines)
+        facts = [cell.facts for cell in cells]
+        return [(f["pair"], f["method"], f["weight"], f["fold"], f["stage"]) for f in facts], missing, cells
+
+    first, second = "big_to_small", "second"
+    tuning = {name: [(first, name, w, 0, "tune") for w in study.methods[name].weights] for name in ("drd", "kd")}
+    rows, missing, cells = shown({})
+    others = [(first, "none", None, 1, "compare"), *((second, "none", None, fold, "compare") for fold in (0, 1))]
+    assert rows == [(first, "none", None, 0, "compare"), *tuning["drd"], *tuning["kd"], *others]
+    assert len(missing) == 2 and all("is not chosen yet" in reason for reason in missing)
+
+    lines = {cell.command: {"validation_mean_iou": cell.facts["weight"]} for cell in cells if "drd" in cell.command}
+    rows, missing, cells = shown(lines)
+    here = [(first, "none", None, 0, "compare"), *tuning["drd"], (first, "drd", 1, 0, "compare"), *tuning["kd"]]
+    there = [
+        (p, m, w, f, "compare")
+        for p, f in ((first, 1), (second, 0), (second, 1))
+        for m, w in (("none", None), ("drd", 1))
+    ]
+    assert rows == here + there
+    assert [reason.split()[3] for reason in missing] == ["kd"]
+    assert {cell.facts["tuned_on"] for cell in cells if cell.facts["method"] == "drd"} == {None, first}
+
+
+def test_a_runner_starts_nothing_after_its_hours_and_goes_on_later(tiny, monkeypatch, capsys, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    content["methods"] = {"none": None}
+    path = tmp_path / "slices.yaml"
+    path.write_text(yaml.safe_dump(content))
+    folder, words = tmp_path / "results", ["--stage", "compare", "--seeds", "0", "1"]
+    run_study(monkeypatch, path, *words, "--max_hours", "0")
+    assert "stopped after 0 hours, 2 runs are left" in capsys.readouterr().out
+    assert results.read_lines(folder / "compare.jsonl") == []
+    run_study(monkeypatch, path, *words, "--max_hours", "1e-6")
+    assert "1 runs are left" in capsys.readouterr().out
+    assert [line["seed"] for line in results.read_lines(folder / "compare.jsonl")] == [0]
+
+
+def test_the_student_alone_and_distilled_start_alike_and_see_the_same_crops(tiny, tmp_path):
+    """Without dropout and drop path, all that is random in the first step is the start and the crops."""
+    content = yaml.safe_load(tiny.read_text())
+    small = json.loads(Path(content["pairs"]["big_to_small"]["student"]["model"]).read_text())
+    still = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0}
+    (tmp_path / "still.json").write_text(json.dumps(small | still))
+    content["pairs"]["big_to_small"]["student"] = {"model": str(tmp_path / "still.json")}
+    content["settings"] |= {"logging_steps": 1}
+    # Which has all that draws numbers of its own: a projector, a generator, a mask. Its weight of 1e-9 teaches nothing.
+    content["methods"] = {"none": None, "mgd": {"options": "--method mgd=1e-9"}}
+    path = tmp_path / "fair.yaml"
+    path.write_text(yaml.safe_dump(content))
+    study = read_study(path)
+    wanted = (("none", 0), ("mgd", 0), ("none", 1))
+    cells = [student_cell(study, "big_to_small", study.methods[name], None, 0, seed, ROOT) for name, seed in wanted]
+    assert run_cells(study, lambda: cells, tmp_path / "results") == []
+    losses = []
+    for cell in cells:
+        log = json.loads((ROOT / cell.folder / "run.json").read_text())["log"]
+        losses.append([entry.get("task_loss", entry["loss"]) for entry in log if "loss" in entry])
+    alone, distilled, other_seed = losses
+    assert len(alone) == 2 and distilled == pytest.approx(alone, rel=1e-4)  # both steps: nothing was taught
+    assert other_seed[0] != pytest.approx(alone[0], rel=1e-3)
+
+
+def test_a_diverged_run_is_reported_in_the_table_of_the_others(tiny, monkeypatch, tmp_path):
+    """Its line had no number of steps, which put it into a table of its own, and the method looked as if never run."""
+    content = yaml.safe_load(tiny.read_text())
+    content["methods"] = {"none": None, "kd": {"options": "--method kd=1e39"}}
+    path = tmp_path / "diverged.yaml"
+    path.write_text(yaml.safe_dump(content))
+    run_study(monkeypatch, path)
+    found = results.read_lines(tmp_path / "results/compare.jsonl")
+    ((_, group),) = sections(found)
+    rows = {row["method"]: row for row in rows_of(group)}
+    assert rows["kd"]["diverged"] == 1 and rows["kd"]["runs"] == 0 and rows["none"]["runs"] == 1
+    assert "not finite" in next(line["error"] for line in found if line["method"] == "kd")
+    assert "| kd | `--method kd=1e39` | 0 (1 diverged) |" in (tmp_path / "results/compare.md").read_text()
+
+
+def test_a_run_that_was_killed_is_repeated_whatever_it_left(tiny, tmp_path):
+    study = read_study(tiny)
+    cell = student_cell(study, "big_to_small", study.methods["none"], None, 0, 8, ROOT)
+    (ROOT / cell.folder / "logs_of_something").mkdir(parents=True)
+    assert run_cells(study, lambda: [cell], tmp_path) == []
+    (line,) = results.read_lines(tmp_path / "compare.jsonl")
+    assert line["seed"] == 8 and not (ROOT / cell.folder / "logs_of_something").exists()
+
+
+def test_a_teacher_is_not_trained_again_for_other_results(tiny, tmp_path):
+    study = read_study(tiny)
+    cell = teacher_cell(study, "big", 0, 1.0, ROOT)
+    assert run_cells(study, lambda: [cell], tmp_path / "first") == []
+    weights = ROOT / cell.folder / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run_cells(study, lambda: [cell], tmp_path / "second") == []
+    first, second = (results.read_lines(tmp_path / name / "compare.jsonl")[0] for name in ("first", "second"))
+    assert weights.stat().st_mtime_ns == written and second["test_mean_iou"] == first["test_mean_iou"]
+
+
+def test_a_failed_method_does_not_stop_the_others(tiny, monkeypatch, tmp_path):
+    """A tuning run that failed ended the whole study, each time that it was started again."""
+    content = yaml.safe_load(tiny.read_text())
+    wrong = {"options": "--method no_such_method={weight}", "weights": [1]}
+    content["methods"] = {"wrong": wrong, "none": None}
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="1 runs failed; first .*wrong.*no_such_method"):
+        run_study(monkeypatch, path)
+    students = [line["method"] for line in results.read_lines(tmp_path / "results/compare.jsonl") if line["pair"]]
+    assert students == ["none"] and "| none |" in (tmp_path / "results/compare.md").read_text()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -260,6 +390,7 @@ def line(method, fold, seed, score, options="", labelled=1.0, **others):
         **{"settings": {}, "error": None, "test_mean_iou": score, "test_iou_road": score, "validation_mean_iou": 0.5},
         **{"seconds": 90.0, "milliseconds_per_step": 10.0, "peak_megabytes": 700, "peak_gpu_megabytes": None},
         **{"device": "CPU", "processor": "x86_64", "command": f"{method} {options} {fold} {seed} {labelled}"},
+        **{"student": {"model": "m"}, "tuned_on": None, "code": "c", "finished": "2026-01-01T00:00:00+00:00"},
     }
     return {**facts, **others}
 
@@ -267,7 +398,7 @@ def line(method, fold, seed, score, options="", labelled=1.0, **others):
 def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
     lines = [line("none", 0, seed, score) for seed, score in ((0, 0.2), (1, 0.4))]
     lines += [line("none_10", 0, seed, 0.1, labelled=0.1) for seed in (0, 1)]
-    lines += [line("drd", 0, 0, 0.9), line("drd", 0, 0, 0.3), line("drd", 0, 1, 0.5), line("drd", 0, 2, 0.4)]
+    lines += [line("drd", 0, 0, 0.9), line("drd", 0, 0, 0.3), line("drd", 0, 1, 0.5), line("drd", 0, 2, 0.4, code="d")]
     lines += [line("drd_10", 0, seed, 0.15, labelled=0.1) for seed in (0, 1)]
     lines += [line("kd", 0, 0, 0.25, "a"), line("kd", 0, 1, None, "a", error="the loss is not finite")]
     ((title, group),) = sections([*lines, line("teacher", 0, 0, 0.8, pair=None)])
@@ -283,12 +414,42 @@ def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
     assert (rows["kd"]["runs"], rows["kd"]["diverged"], rows["kd"]["behind"][3]) == (1, 1, 1)
     text = markdown(lines)
     assert "| drd |  | 3 | 50.0 | 40.0 ± 10.0 | +10.0 [+10.0, +10.0] (n 2) |" in text
+    assert "Code c (10 runs), d (1 runs)." in text
     assert "| kd | `a` | 1 (1 diverged) | 50.0 | 25.0 | +5.0 (n 1) | +5.0 (n 1) |" in text
 
 
-def test_students_of_other_settings_are_in_a_table_of_their_own():
-    lines = [line("none", 0, 0, 0.2, "a"), line("none", 0, 0, 0.3, "b", settings={"learning_rate": 1})]
+@pytest.mark.parametrize("other", [{"settings": {"learning_rate": 1}}, {"student": {"model": "n"}}, {"steps": 10}])
+def test_other_students_and_other_settings_are_in_a_table_of_their_own(other):
+    lines = [line("none", 0, 0, 0.2, "a"), line("none", 0, 0, 0.3, "b", **other)]
     assert [[one["test_mean_iou"] for one in group] for _, group in sections(lines)] == [[0.2], [0.3]]
+
+
+def test_methods_are_compared_with_the_options_of_drd_that_ran_last():
+    lines = [line("kd", 0, 0, 0.3, "kd"), line("drd", 0, 0, 0.9, "new", finished="2026-03-01T00:00:00+00:00")]
+    lines += [line("drd", 0, 0, 0.5, "old", finished="2026-02-01T00:00:00+00:00")]
+    behind = {row["options"]: row["behind"] for row in rows_of(lines)}
+    assert behind["kd"][0] == pytest.approx(0.6) and behind["new"] is behind["old"] is None
+
+
+def test_a_run_that_was_repeated_with_another_command_counts_once():
+    """With a teacher that was trained anew: its students are other commands, and the old ones stayed in the means."""
+    lines = [line("drd", 0, 0, 0.2, command="old", seconds=10.0), line("drd", 0, 0, 0.4, command="new", seconds=30.0)]
+    (row,) = rows_of(lines)
+    assert (row["runs"], row["test"], row["seconds"]) == (1, 0.4, 30.0)
+
+
+def test_tables_and_plots_of_few_finished_runs_are_made(tmp_path):
+    """The plot of classes took their names from the first line, and failed where that run had diverged."""
+    lines = [line("kd", 0, 0, None, "kd", error="not finite"), line("kd", 1, 0, 0.3, "kd")]
+    lines[0].pop("test_iou_road")
+    for n in range(3):
+        lines += [line("none", 0, 0, 0.2), line("drd", 1, 0, 0.4)][n - 1 : n]
+        (tmp_path / "compare.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        collect(tmp_path)
+    text = (tmp_path / "compare.md").read_text()
+    assert "| kd | `kd` | 1 (1 diverged) | 50.0 | 30.0 |  | +10.0 (n 1) |" in text
+    assert "| drd |  | 1 | 50.0 | 40.0 |  |  |" in text  # the student alone has no run of this fold
+    assert len(list(tmp_path.glob("*_classes.png"))) == 1 and not list(tmp_path.glob("*_gains.png"))
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -309,6 +470,7 @@ def test_a_damaged_line_is_named(tmp_path):
         (lambda c: c["methods"].update(kd={"options": "--method kd={weight}"}), "give weights to choose from"),
         (lambda c: c["methods"].update(kd={"like": "dr"}), "'dr' is not in the study; it has drd"),
         (lambda c: c["methods"].update(kd={"option": "x"}), "unexpected keyword argument 'option'"),
+        (lambda c: c.update(tuned_on="small"), "tuned_on: 'small' is not in the study; it has big_to_small"),
         (lambda c: c["pairs"]["big_to_small"].update(teacher="huge"), "'huge' is not in the study; it has big"),
     ],
 )

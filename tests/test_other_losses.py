@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from drd_hf.losses import (
     ICKDLoss,
     IFVDLoss,
     MGDLoss,
+    PixelLogitLoss,
     SKDLoss,
     SPLoss,
     attention_transfer_distance,
@@ -323,6 +326,29 @@ def test_omni_contrast_takes_sizes_that_public_code_does_not(shape):
     assert torch.isfinite(loss) and (grad is None or torch.isfinite(grad).all())
 
 
+@pytest.mark.parametrize("temperature", [0.02, 0.04, 2.0])
+def test_cirkd_of_any_temperature_equals_its_definition(temperature):
+    """A cosine of -1 at T 0.02 is exp(-100) of that of 1, which float32 cannot hold: such maps go another way."""
+    student, teacher = pair_of_maps(3, 4, 6, (3, 5), (3, 5))
+    assert_same_with_gradient(
+        cross_image_kl(student, teacher, temperature), plain_cirkd(student, teacher, temperature), student, teacher
+    )
+    single = student.detach().float().requires_grad_()
+    loss = cross_image_kl(single, teacher.float(), temperature)
+    (grad,) = torch.autograd.grad(loss, single)
+    (expected,) = torch.autograd.grad(plain_cirkd(student, teacher, temperature), student)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-5 / temperature)
+
+
+def test_cirkd_of_opposite_features_is_finite_in_float32():
+    student = torch.zeros(2, 4, 2, 2)
+    student[0, 0], student[1, 0] = 1.0, -1.0  # cosines of 1 within an image, of -1 between the two
+    student.requires_grad_()
+    loss = cross_image_kl(student, torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)), 2 / 60)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert torch.isfinite(loss) and loss > 0 and torch.isfinite(grad).all()
+
+
 def test_cirkd_in_blocks_of_rows_is_the_same(monkeypatch):
     student, teacher = pair_of_maps(2, 4, 6, (5, 7), (5, 7))
     whole = cross_image_kl(student, teacher)
@@ -547,6 +573,7 @@ def test_identical_models_have_zero_distance():
         (lambda: ATLoss(PAIR, weight=0), "at weight 0 must be a number above 0"),
         (lambda: CWDLoss(PAIR, weight=float("nan")), "cwd weight nan"),
         (lambda: CWDLogitLoss(temperature=0), "temperature=0 must be"),
+        (lambda: PixelLogitLoss(weight=-1), "logit weight -1 must be a number above 0"),
         (lambda: DSDLoss([("a", "b", -1)]), "a=b has weight -1.0"),
         (lambda: MGDLoss(PAIR, masked_share=1.0), "masked_share=1.0"),
         (lambda: IFVDLoss(PAIR)({"s": inputs()[0]}, {"t": inputs()[1]}), "needs labels"),
@@ -664,6 +691,51 @@ def test_all_methods_together_train_on_tiles_without_labels(tmp_path):
     trainer.train()
     for entry in logs_of(trainer):
         assert math.isfinite(entry["loss"]) and entry["task_loss"] == 0 and entry["ifvd"] == 0
+
+
+class HalfLabelledTiles(RandomTiles):
+    def __getitem__(self, index):
+        ignored = torch.full_like(self.labels[index], 255)
+        return {"image": self.images[index], "labels": ignored if index % 2 else self.labels[index]}
+
+
+def test_all_methods_together_train_with_accumulated_batches_of_which_some_have_no_labels(tmp_path):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-4}
+    trainer = trainer_of(tmp_path, list(METHODS), data=HalfLabelledTiles(), **settings)
+    trainer.train()
+    weights = {term: weight for loss in trainer.losses for term, weight in loss.weights.items()}
+    assert len(logs_of(trainer)) == 2
+    for entry in logs_of(trainer):
+        parts = [entry["task_loss"], *(weight * entry[term] for term, weight in weights.items())]
+        assert entry["loss"] == pytest.approx(sum(parts), rel=1e-3) and entry["task_loss"] > 0
+
+
+RANKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from safetensors.torch import save_file
+from drd_hf.losses.methods import METHODS
+from tests.test_other_losses import HalfLabelledTiles, trainer_of
+settings = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "distillation_stop_ratio": 0.7, "max_steps": 3}
+trainer = trainer_of(Path(sys.argv[2]), list(METHODS), data=HalfLabelledTiles(), **settings)
+trainer.train()
+parameters = {name: value.detach().contiguous() for name, value in trainer._step.named_parameters()}
+save_file(parameters, f"{sys.argv[2]}/rank{trainer.args.process_index}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_all_methods_keep_student_projectors_and_generators_equal_on_two_ranks(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(ROOT), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    assert {name.split(".")[2] for name in first if name.startswith("losses.")} == {"projectors", "generators"}
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("names", [["mgd", "cwd=5"], ["afdcd", "dsd"]])

@@ -1,8 +1,10 @@
 """Runs of a study: each in a process of its own, one runner at a time, one line of results when it is finished."""
 
 import contextlib
+import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -10,6 +12,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,7 +24,21 @@ from benchmarks.study.plan import Cell, Study
 from drd_hf.errors import UserError
 
 BUSY = 75  # exit status of a run that another runner is at
+# What decides what is learnt and how it is scored; the same digest means the same code.
+CODE = (
+    *("losses", "relations", "metrics", "evaluation", "data/transforms.py", "data/streaming.py", "checkpoints.py"),
+    *("features.py", "models.py", "runs.py", "trainer.py"),
+)
 MODULES = ("scripts.train_teacher", "scripts.distill", "scripts.evaluate")
+
+
+def code_digest() -> str:
+    paths = [ROOT / "drd_hf" / name for name in CODE]
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+STARTED_WITH = code_digest()  # processes are forked with the code of this moment, whatever becomes of the files
 
 
 def start_method():
@@ -46,46 +63,61 @@ def is_finished(cell: Cell, results: Path) -> bool:
     return there and cell.command in finished(results_of(cell, results))
 
 
-def run_cells(study: Study, cells: list[Cell], results: Path, discard_models: bool = False) -> list[str]:
-    """Run what is not finished yet, every teacher before its first student.
+def run_cells(
+    study: Study,
+    plan: Callable[[], list[Cell]],
+    results: Path,
+    discard_models: bool = False,
+    max_hours: float = math.inf,
+) -> list[str]:
+    """Run what is not finished yet, in the order of the plan, every teacher before its first student.
 
     Runs that another runner is at, and those that need its teacher, are left to the end and waited for there.
+
+    Args:
+        plan: the runs that are known by now; asked again after each, for what one tells the next may depend on.
+        max_hours: no run is started later than that.
 
     Returns:
         The titles of the runs that failed, with the reason.
     """
-    context, locks, failed = start_method(), ROOT / study.runs / "locks", []
-    with_teachers = dict.fromkeys(c for cell in cells for c in (cell.teacher, cell) if c is not None)
-    todo = [cell for cell in with_teachers if not is_finished(cell, results)]
-    waiting, number = [], 0
-    print(f"{len(with_teachers)} runs, {len(with_teachers) - len(todo)} of them finished before", flush=True)
-    for wait, queue in ((False, todo), (True, waiting)):
-        for cell in queue:
-            if is_finished(cell, results):  # by another runner meanwhile
-                number += 1
-                continue
-            if not wait and cell.teacher in waiting:
-                waiting.append(cell)
-                continue
-            ensure_data(study, cell.data, locks)
-            started, log = time.monotonic(), ROOT / f"{cell.folder}.log"
-            process = context.Process(target=_run, args=(cell, results, locks, log, wait, discard_models))
-            process.start()
-            process.join()
-            if process.exitcode == BUSY:
-                waiting.append(cell)
-                continue
-            number += 1
-            shown, seconds = f"[{number}/{len(todo)}] {cell.title}", f"{time.monotonic() - started:.0f} s"
-            if process.exitcode:
-                failed.append(f"{cell.title}: {_last_line(log)} (see {cell.folder}.log)")
-                print(f"{shown}: FAILED after {seconds}: {_last_line(log)}", flush=True)
-                continue
-            line = finished(results_of(cell, results))[cell.command]
-            scores = {split: line.get(f"{split}_mean_iou") for split in ("validation", "test")}
-            words = [f"{split} {score:.4f}" for split, score in scores.items() if score is not None]
-            print(f"{shown}: {', '.join(words) or line['error']}, {seconds}", flush=True)
-    return failed
+    context, locks, failed, busy = start_method(), ROOT / study.runs / "locks", {}, []
+    started, done, told = time.monotonic(), 0, False
+    while True:
+        cells = dict.fromkeys(c for cell in plan() for c in (cell.teacher, cell) if c is not None)
+        todo = [cell for cell in cells if not is_finished(cell, results)]
+        if not told:
+            print(f"{len(cells)} runs, {len(cells) - len(todo)} of them finished before", flush=True)
+            told = True
+        todo = [cell for cell in todo if cell not in failed and cell.teacher not in failed]
+        if not todo:
+            break
+        if time.monotonic() - started >= 3600 * max_hours:
+            print(f"stopped after {max_hours:g} hours, {len(todo)} runs are left", flush=True)
+            break
+        cell = next((cell for cell in todo if cell not in busy and cell.teacher not in busy), None)
+        wait, cell = cell is None, cell or todo[0]
+        ensure_data(study, cell.data, locks)
+        begun, log = time.monotonic(), ROOT / f"{cell.folder}.log"
+        process = context.Process(target=_run, args=(cell, results, locks, log, wait, discard_models))
+        process.start()
+        process.join()
+        if process.exitcode == BUSY:
+            busy.append(cell)
+            continue
+        if wait:
+            busy.clear()  # the other runner is elsewhere by now
+        done += 1
+        shown, seconds = f"[{done}/{done + len(todo) - 1}] {cell.title}", f"{time.monotonic() - begun:.0f} s"
+        if process.exitcode or not is_finished(cell, results):
+            failed[cell] = f"{cell.title}: {_last_line(log)} (see {cell.folder}.log)"
+            print(f"{shown}: FAILED after {seconds}: {_last_line(log)}", flush=True)
+            continue
+        line = finished(results_of(cell, results))[cell.command]
+        scores = {split: line.get(f"{split}_mean_iou") for split in ("validation", "test")}
+        words = [f"{split} {score:.4f}" for split, score in scores.items() if score is not None]
+        print(f"{shown}: {', '.join(words) or line['error']}, {seconds}", flush=True)
+    return list(failed.values())
 
 
 def _run(cell: Cell, results: Path, locks: Path, log: Path, wait: bool, discard_models: bool) -> None:
@@ -98,7 +130,11 @@ def _run(cell: Cell, results: Path, locks: Path, log: Path, wait: bool, discard_
             sys.exit(BUSY)
         if is_finished(cell, results):
             return
-        (ROOT / cell.folder).mkdir(parents=True, exist_ok=True)
+        if cell.facts["stage"] == "teacher" and _command_of(ROOT / cell.folder) == cell.command:
+            append_line(results_of(cell, results), line_of(cell))  # made for other results, its students may be at it
+            return
+        shutil.rmtree(ROOT / cell.folder, ignore_errors=True)  # what an interrupted run left
+        (ROOT / cell.folder).mkdir(parents=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -113,14 +149,19 @@ def _run(cell: Cell, results: Path, locks: Path, log: Path, wait: bool, discard_
                 print(f"error: {refused}", flush=True)
                 sys.exit(2)
             error = str(refused)  # a finding about the method, not a mistake in the study
-        line = line_of(cell, time.monotonic() - started, error)
+        line = line_of(cell, error) | _costs(time.monotonic() - started)
         append_line(results_of(cell, results), line)
         if discard_models and cell.facts["stage"] != "teacher":
             _keep_record(ROOT / cell.folder)
 
 
-def line_of(cell: Cell, wall_seconds: float, error: str | None = None) -> dict:
-    """What is reported of a finished run."""
+def _command_of(folder: Path) -> str | None:
+    run = folder / "run.json"
+    return json.loads(run.read_text()).get("command") if run.is_file() else None
+
+
+def line_of(cell: Cell, error: str | None = None) -> dict:
+    """What is reported of a finished run, but for what its process cost."""
     import torch
 
     from drd_hf.runs import device_name, versions
@@ -130,9 +171,8 @@ def line_of(cell: Cell, wall_seconds: float, error: str | None = None) -> dict:
     if cell.model != cell.folder:  # trained before, scored now
         report = json.loads((ROOT / cell.folder / "test.json").read_text())
         by_split["test"] = {name.rpartition("/")[2]: value for name, value in report["scores"].items()}
-    steps, seconds = run.get("steps"), run.get("seconds")
-    gpu = torch.cuda.is_available()
-    device = device_name("cuda" if gpu else "cpu")
+    steps, seconds = run.get("steps", cell.facts["steps"]), run.get("seconds")
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     return {
         **cell.facts,
         "steps": steps,
@@ -140,22 +180,28 @@ def line_of(cell: Cell, wall_seconds: float, error: str | None = None) -> dict:
         **scores_of(by_split),
         "seconds": seconds,
         "milliseconds_per_step": seconds and steps and round(1000 * seconds / steps, 1),
-        "wall_seconds": round(wall_seconds, 1),
-        "cpu_seconds": round(time.process_time(), 1),
-        "peak_megabytes": _peak_megabytes(),
-        "peak_gpu_megabytes": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else None,
         "device": run.get("milliseconds_per_tile", {}).get("device", device),
         "processor": platform.processor() or platform.machine(),
         "num_parameters": run.get("num_parameters"),
         "versions": versions(),
+        "code": STARTED_WITH,
         "command": cell.command,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _peak_megabytes() -> int:
+def _costs(wall_seconds: float) -> dict:
+    """Of this whole process, with the scoring at its end."""
+    import torch
+
     unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+    gpu = torch.cuda.is_available()
+    return {
+        "wall_seconds": round(wall_seconds, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20),
+        "peak_gpu_megabytes": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else None,
+    }
 
 
 def _last_line(log: Path) -> str:

@@ -80,6 +80,7 @@ class Study:
     methods: dict[str, Method]
     ablations: dict[str, Method]
     tuning: dict[str, int]
+    tuned_on: str | None  # the pair whose weights all pairs take; None: every pair is tuned by itself
     ablation_of: dict[str, list]
     runs: str
 
@@ -146,7 +147,7 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     path = Path(path)
     content = _read_yaml(path)
     required = ("dataset", "steps", "pairs", "methods")
-    _check_keys(content, path, required, ("seeds", "settings", "teachers", "tuning", "ablations", "runs"))
+    _check_keys(content, path, required, ("seeds", "settings", "teachers", "tuning", "tuned_on", "ablations", "runs"))
     dataset = content["dataset"]
     if isinstance(dataset, str):
         dataset = {"name": Path(dataset).name, "folds": [dataset]}
@@ -174,11 +175,14 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
         methods=methods,
         ablations=_methods(ablations.get("methods") or {}, f"{path}: ablations", methods),
         tuning=tuning,
+        tuned_on=content.get("tuned_on"),
         ablation_of={key: ablations[key] for key in ("pairs", "folds", "seeds") if key in ablations},
         runs=content.get("runs", "runs/compare"),
     )
     for name, pair in study.pairs.items():
         choose(study.teachers, [pair.teacher], f"{path}: teacher of {name}")
+    if study.tuned_on is not None:
+        choose(study.pairs, [study.tuned_on], f"{path}: tuned_on")
     for method in study.ablations.values():
         if method.teacher is not None:
             choose(study.teachers, [method.teacher], f"{path}: teacher of {method.name}")
@@ -251,7 +255,7 @@ def teacher_cell(study: Study, name: str, fold: int, labelled: float, root: Path
     facts = {
         **_facts(study, name, labelled, fold),
         **{"pair": None, "method": "teacher", "options": "", "weight": None, "alone": True, "seed": 0},
-        **{"settings": teacher.options, "stage": "teacher"},
+        **{"settings": teacher.options, "steps": teacher.options.get("max_steps"), "stage": "teacher"},
     }
     trained = teacher.trained.get(fold) if labelled == 1 else None
     if trained is not None and (root / trained / "run.json").is_file():
@@ -307,7 +311,8 @@ def student_cell(
     facts = {
         **_facts(study, teacher_name, method.labelled, fold),
         **{"pair": pair_name, "method": method.name, "options": options, "weight": weight, "alone": method.alone},
-        **{"seed": seed, "settings": settings, "stage": stage},
+        **{"tuned_on": None if stage == "tune" else tuned_on(study, pair_name, method), "student": pair.student},
+        **{"seed": seed, "settings": settings, "steps": steps, "stage": stage},
     }
     return Cell((*words, "--output_dir", folder), folder, folder, teacher, data, facts)
 
@@ -315,9 +320,17 @@ def student_cell(
 _COMMON = ("--save_strategy", "no", "--disable_tqdm", "true", "--overwrite", "true")
 
 
+def tuned_on(study: Study, pair: str, method: Method) -> str | None:
+    """The pair on which the weight of `method` is chosen for `pair`; None where there is nothing to choose."""
+    if method.weight is not None or "{weight}" not in method.options:
+        return None
+    return study.tuned_on or pair
+
+
 def candidates(study: Study, pair: str, method: Method, root: Path) -> list[Cell]:
-    """The runs among whose weights the one of `method` is chosen; none where there is nothing to choose."""
-    if method.weight is not None or method.like is not None or "{weight}" not in method.options:
+    """The runs among whose weights the one of `method` is chosen for `pair`; none where it has no candidates itself."""
+    pair = tuned_on(study, pair, method)
+    if pair is None or method.like is not None:
         return []
     fold, seed = study.tuning["fold"], study.tuning["seed"]
     return [student_cell(study, pair, method, weight, fold, seed, root, "tune") for weight in method.weights]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,23 +35,30 @@ def paired_difference(ours: dict, theirs: dict) -> tuple[float, float, float, in
 
 
 def sections(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """(title, lines) of the students that were trained in the same way; of a repeated run only the last line."""
+    """(title, lines) of the same students, trained in the same way; of a repeated run only the last line."""
     last = {line["command"]: line for line in lines if line.get("pair")}
     found = {}
     for line in last.values():
-        key = json.dumps([line[k] for k in ("study", "dataset", "pair", "steps", "settings")])
+        key = json.dumps([line[k] for k in ("study", "dataset", "pair", "student", "steps", "settings")])
         found.setdefault(key, []).append(line)
     return [(f"{g[0]['dataset']}: {g[0]['pair']}, {g[0]['steps']} steps", g) for g in found.values()]
 
 
 def rows_of(lines: Sequence[dict]) -> list[dict]:
-    """One row for each method with its options and its share of labels, the best mean first."""
+    """One row for each method with its options and its share of labels, the best mean first.
+
+    A row has one line for each fold and seed, the last one. Where `drd` or the student alone is there with several options,
+    because other weights were chosen since, the others are compared with the options that ran last.
+    """
     groups = {}
     for line in lines:
         teacher = None if line["alone"] else line["teacher"]
-        groups.setdefault((line["method"], line["options"], line["labelled"], teacher), []).append(line)
-    alone = {key[2]: _scores(group) for key, group in groups.items() if group[0]["alone"]}
-    ours = {key[2]: _scores(group) for key, group in groups.items() if key[0] == OURS}
+        group = groups.setdefault((line["method"], line["options"], line["labelled"], teacher), {})
+        group[line["fold"], line["seed"]] = line
+    groups = {key: list(group.values()) for key, group in groups.items()}
+    by_age = sorted(groups.items(), key=lambda item: max(line["finished"] for line in item[1]))
+    alone = {key[2]: _scores(group) for key, group in by_age if group[0]["alone"]}
+    ours = {key[2]: _scores(group) for key, group in by_age if key[0] == OURS}
     rows = []
     for (method, options, labelled, teacher), group in groups.items():
         scores = _scores(group)
@@ -82,9 +90,10 @@ def markdown(lines: Sequence[dict]) -> str:
         "# Comparison of distillation methods",
         "Written by `python benchmarks/compare.py STUDY.yaml --stage collect` from compare.jsonl. Test mIoU in percent, "
         "mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `drd` over a method are "
-        "mean differences of runs with the same fold and seed, with their 95 % t interval; runs of one fold share their "
+        "mean differences of the n pairs of runs with the same fold and seed that are finished, with their 95 % t interval; runs of one fold share their "
         "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation. "
-        "Memory is the peak of the process, of the GPU where there is one.",
+        "Seconds are those of the training; other work on the machine lengthens them. Memory is the peak of the process with "
+        "the scoring at its end, of the GPU where there is one.",
     ]
     teachers = {}
     for line in lines:
@@ -100,10 +109,12 @@ def markdown(lines: Sequence[dict]) -> str:
         devices = sorted({f"{line['device']} ({line['processor']})" for line in group})
         folds, seeds = (sorted({line[key] for line in group}) for key in ("fold", "seed"))
         settings = ", ".join(f"{name} {value}" for name, value in one["settings"].items())
+        tuned = sorted({line["tuned_on"] for line in group if line["tuned_on"]})
+        code = ", ".join(f"{digest} ({n} runs)" for digest, n in Counter(line["code"] for line in group).items())
         parts += [
             f"## {title}",
             f"Teachers: {', '.join(of_teacher) or 'not scored'}. Folds {_listed(folds)}, seeds {_listed(seeds)}. "
-            f"Device: {'; '.join(devices)}. Settings: {settings}.",
+            f"Weights chosen on {', '.join(tuned) or 'no pair'}. Device: {'; '.join(devices)}. Code {code}. Settings: {settings}.",
             _table(rows_of(group)),
         ]
     return "\n\n".join(parts) + "\n"
@@ -175,7 +186,7 @@ def classes_picture(lines: Sequence[dict], rows: Sequence[dict], title: str, pat
     shown = {}
     for row in (*alone, *ours, *others):
         group = [line for line in lines if all(line[key] == row[key] for key in ("method", "options", "labelled"))]
-        names = [key for key in group[0] if key.startswith("test_iou_")]
+        names = list(dict.fromkeys(key for line in lines for key in line if key.startswith("test_iou_")))
         shown[row["method"]] = [_mean(line.get(key) for line in group) or math.nan for key in names]
     if shown:
         names = [key.removeprefix("test_iou_") for key in names]

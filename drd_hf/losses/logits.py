@@ -1,15 +1,15 @@
 """Pixel-wise distillation of class probabilities."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from drd_hf.errors import UserError
-from drd_hf.losses.base import DistillationLoss
+from drd_hf.losses.base import DistillationLoss, checked_weights, in_float32, require_equal_classes
 
 
+@in_float32
 def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Mean over pixels of ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, in float32.
+    """Mean over pixels of ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``.
 
     Args:
         student: (B, K, h, w) logits; receives the gradient.
@@ -17,20 +17,15 @@ def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: T
         temperature: T > 0.
         mask: (B, h, w) bool, the pixels that count; None: all. No pixel gives 0.
     """
-    if student.shape[1] != teacher.shape[1]:
-        raise UserError(f"logits of {student.shape[1]} and {teacher.shape[1]} classes cannot be compared")
-    with torch.autocast(device_type=student.device.type, enabled=False):
-        if student.dtype != torch.float64:
-            student, teacher = student.float(), teacher.float()
-        teacher = teacher.detach()
-        if teacher.shape[-2:] != student.shape[-2:]:
-            teacher = F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
-        log_s = F.log_softmax(student / temperature, dim=1)
-        log_t = F.log_softmax(teacher / temperature, dim=1)
-        divergence = (log_t.exp() * (log_t - log_s)).sum(dim=1)  # (B, h, w)
-        if mask is None:
-            return divergence.mean() * temperature**2
-        return (divergence * mask).sum() / mask.sum().clamp_min(1) * temperature**2
+    require_equal_classes(student, teacher)
+    if teacher.shape[-2:] != student.shape[-2:]:
+        teacher = F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
+    log_s = F.log_softmax(student / temperature, dim=1)
+    log_t = F.log_softmax(teacher / temperature, dim=1)
+    divergence = (log_t.exp() * (log_t - log_s)).sum(dim=1)  # (B, h, w)
+    if mask is None:
+        return divergence.mean() * temperature**2
+    return (divergence * mask).sum() / mask.sum().clamp_min(1) * temperature**2
 
 
 class PixelLogitLoss(DistillationLoss):
@@ -47,7 +42,7 @@ class PixelLogitLoss(DistillationLoss):
         super().__init__()
         if not temperature > 0:
             raise UserError(f"logit temperature {temperature} must be greater than 0")
-        self.weights = {"logit": weight}
+        self.weights = checked_weights({"logit": weight})
         self.temperature = temperature
 
     def forward(
