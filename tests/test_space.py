@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import rasterio
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 from transformers import SegformerImageProcessor
@@ -197,6 +197,52 @@ def test_a_geotiff_stays_a_geotiff(student, segmenter, tmp_path):
     assert (classes[:30] == 255).all() and (classes[30:] < 3).all()
     assert result.crs == "EPSG:32640" and result.no_data == pytest.approx(0.25)
     assert sum(result.shares) == pytest.approx(1)
+
+
+def test_where_there_is_no_data_the_page_shows_the_image(segmenter, tmp_path):
+    """A palette as short as the list of classes made a PNG of 4 bits or fewer: 255 became a class, and its colour
+    covered what has no data.
+    """
+    pixels = np.dstack([scene(60, 80), np.full((60, 80), 255, np.uint8)])
+    pixels[:20, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "cut_out.png")
+    result = segmenter(tmp_path / "cut_out.png", tmp_path)
+    shown = np.asarray(Image.open(io.BytesIO(result.classes)).convert("RGBA"))
+    assert (shown[:20, :, 3] == 0).all() and (shown[20:, :, 3] == 255).all()
+    assert {tuple(color) for color in shown[20:].reshape(-1, 4)[:, :3].tolist()} <= set(COLORS)
+    assert result.no_data == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_shown_upright(orientation, tmp_path):
+    """A phone or drone stores how it was held beside the pixels: page, map and example came out on their side, unlike
+    what viewers and the pipeline of transformers show.
+    """
+    from drd_hf.space.images import copy_upright, opened, reading, thumbnail
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(scene(40, 60)).save(tmp_path / "photo.jpg", exif=exif, quality=100, subsampling=0)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        wanted = np.asarray(ImageOps.exif_transpose(photo)).astype(int)
+    with reading(), opened(tmp_path / "photo.jpg") as dataset:
+        copy_upright(dataset, tmp_path / "copy.tif")
+    with rasterio.open(tmp_path / "copy.tif") as dataset:
+        copy = dataset.read().transpose(1, 2, 0)
+    assert copy.shape == wanted.shape and abs(copy - wanted).max() <= 2  # decoders differ
+    assert np.abs(np.asarray(thumbnail(tmp_path / "photo.jpg")) - wanted).max() <= 2
+
+
+def test_a_photograph_on_its_side_gives_an_upright_map(student, segmenter, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(scene(40, 60)).save(tmp_path / "photo.jpg", exif=exif)
+    (tmp_path / "out").mkdir()
+    result = segmenter(tmp_path / "photo.jpg", tmp_path / "out")
+    with rasterio.open(tmp_path / "photo.jpg") as dataset:
+        upright = np.rot90(dataset.read().transpose(1, 2, 0), -1)  # clockwise
+    assert (result.height, result.width) == (60, 40)
+    assert np.array_equal(np.asarray(Image.open(result.file)), expected(student, np.ascontiguousarray(upright)))
 
 
 def test_the_page_shows_large_images_small(segmenter, tmp_path, monkeypatch):

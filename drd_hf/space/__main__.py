@@ -26,19 +26,19 @@ def main() -> None:
     add("--examples", nargs="+", help="Images to pick from. Default: those in the folder `examples` of the model.")
     add("--license", help="Identifier for the card of the Space. Default: none.")
     add("--output", type=Path, help="Only write the Space, into this new folder.")
-    add("--port", type=int, help="Where the page is served. Default: the first free port from 7860.")
+    add("--port", type=int, help="Where the page is served, or the next port that is free. Default: 7860.")
     args = parser.parse_args()
     options = {"title": args.title, "examples": args.examples, "license": args.license}
     if args.output:
         files = write_space(args.output, args.model, **options)
         print(f"{len(files)} files in {args.output}; try it: python {args.output / 'app.py'}")
         return
+    if args.port:
+        os.environ["GRADIO_SERVER_PORT"] = str(args.port)
     try:
         from drd_hf.space.app import serve
     except ImportError as error:
         raise UserError(f"the Space needs {error.name}: pip install drd-hf[space]") from error
-    if args.port:
-        os.environ["GRADIO_SERVER_PORT"] = str(args.port)
     with tempfile.TemporaryDirectory() as temporary:
         write_space(Path(temporary) / "space", args.model, **options)
         serve(Path(temporary) / "space")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+import rasterio.shutil
 from PIL import Image
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import NotGeoreferencedWarning
@@ -51,6 +52,30 @@ def opened(path: Path) -> DatasetReader:
     raise UserError("This is no PNG, JPEG or TIFF image, or it is damaged.")
 
 
+def upright(pixels: np.ndarray, dataset: DatasetReader) -> np.ndarray:
+    """Pixels (h, w, ...) of a raster as viewers show them: photographs say in EXIF how the camera was held."""
+    orientation = dataset.tags().get("EXIF_Orientation", "1")
+    if orientation in ("5", "6", "7", "8"):  # lies on its side
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in ("3", "4", "7", "8"):
+        pixels = pixels[::-1]
+    if orientation in ("2", "3", "6", "7"):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def copy_upright(dataset: DatasetReader, destination: Path) -> None:
+    """Write a raster as a TIFF that any reader shows as it is meant."""
+    if dataset.tags().get("EXIF_Orientation", "1") == "1":
+        rasterio.shutil.copy(dataset, destination, driver="GTiff", tiled=True, strict=False)
+        return
+    pixels = upright(dataset.read().transpose(1, 2, 0), dataset)
+    height, width, count = pixels.shape
+    profile = {"driver": "GTiff", "dtype": pixels.dtype, "count": count, "height": height, "width": width}
+    with rasterio.open(destination, "w", tiled=True, **profile) as turned:
+        turned.write(pixels.transpose(2, 0, 1))
+
+
 def preview(dataset: DatasetReader) -> np.ndarray:
     """uint8 (h, w, 3) of a raster, 1600 pixels at most: its first three bands, or the first one in grey."""
     if dataset.colorinterp[0] == ColorInterp.palette:
@@ -70,7 +95,7 @@ def thumbnail(path: Path) -> Image.Image:
     """
     try:
         with reading(), opened(path) as dataset:
-            picture = Image.fromarray(preview(dataset))
+            picture = Image.fromarray(np.ascontiguousarray(upright(preview(dataset), dataset)))
     except (UserError, *DAMAGE):
         raise UserError(f"{path}: is no PNG, JPEG or TIFF image of 8 bits, leave it out of the examples") from None
     picture.thumbnail((320, 320))

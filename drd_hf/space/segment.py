@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-import rasterio.shutil
 from PIL import Image
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.io import DatasetReader
@@ -21,7 +20,7 @@ from drd_hf.features import input_channels
 from drd_hf.inference.maps import class_colors
 from drd_hf.inference.raster import model_fingerprint, predict_raster
 from drd_hf.models import bands_of, colors_of, load_image_processor, load_teacher
-from drd_hf.space.images import opened, preview, reading, reduced
+from drd_hf.space.images import copy_upright, opened, preview, reading, reduced
 
 MAX_PIXELS = 40_000_000  # a tile of ISPRS Potsdam has 36 million
 
@@ -95,7 +94,7 @@ class Segmenter:
                 self._check(dataset)
                 ending = ".tif" if dataset.driver == "GTiff" else ".png"
                 try:
-                    rasterio.shutil.copy(dataset, source, driver="GTiff", tiled=True, strict=False)
+                    copy_upright(dataset, source)
                 except DAMAGE:
                     raise UserError("The file is damaged or cut short.") from None
             file = folder / f"{upload.stem}-classes{ending}"
@@ -173,7 +172,8 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 def _png(classes: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> bytes:
     picture = Image.fromarray(classes).convert("P")
-    picture.putpalette([value for color in colors for value in color])
+    palette = [value for color in colors for value in color]
+    picture.putpalette(palette + [0] * (3 * 256 - len(palette)))  # a short one would cut off the bits of IGNORE_INDEX
     content = io.BytesIO()
     picture.save(content, "PNG", transparency=IGNORE_INDEX, optimize=False)
     return content.getvalue()

@@ -22,8 +22,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 README = """
 # {heading}
 
-Upload an aerial image of any size, or pick an example: the Space shows the class of every pixel over the image, and the
-share of each class. The class map is there to download; a GeoTIFF gives a GeoTIFF with its place on Earth.
+Upload an aerial image of up to 40 million pixels, or pick an example: the Space shows the class of every pixel over the
+image, and the share of each class. The class map is there to download; a GeoTIFF gives a GeoTIFF with its place on Earth.
 
 {model}
 
@@ -153,7 +153,7 @@ def _readme(title: str, name: str, is_local: bool, license: str | None) -> str:
         "sdk": "gradio",
         "sdk_version": SDK_VERSION,
         "app_file": "app.py",
-        "short_description": "Segment aerial images of any size",
+        "short_description": "Segment aerial images",
     }
     header |= {} if is_local else {"models": [name]}
     header |= {"license": license} if license else {}
