@@ -6,15 +6,18 @@ import shlex
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
+import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from drd_hf import __version__
-from drd_hf.cards import RUN_NAME
-from drd_hf.cards.measure import Origins, TrainedModel, measure_run
+from drd_hf.cards import ORIGINS_KEY, RUN_NAME, TRAINED_NAME, hub_id
+from drd_hf.cards.measure import Origins, TrainedModel, measure_run, write_record
+from drd_hf.cards.text import last_part
 from drd_hf.checkpoints import (
     STAGING_PREFIX,
     checkpoint_folders,
@@ -29,12 +32,12 @@ from drd_hf.errors import UserError
 from drd_hf.evaluation import same_labels
 from drd_hf.evaluation.tiles import require_size
 from drd_hf.features import gives_class_scores
-from drd_hf.models import find_channels
+from drd_hf.models import count_parameters, find_channels
 from drd_hf.profiling import device_name
 from drd_hf.trainer import SegmentationTrainer
 
 # What the folder of a run may hold, so that --overwrite never touches anything else.
-OF_A_RUN = ("config.json", RUN_NAME)
+OF_A_RUN = ("config.json", RUN_NAME, TRAINED_NAME)
 # What a run that was interrupted before its first checkpoint may have left: half a checkpoint, logs of integrations.
 BEFORE_THE_FIRST_CHECKPOINT = (STAGING_PREFIX, "runs", "logs")
 
@@ -143,6 +146,16 @@ def check_sizes(info: SegmentationInfo, data: DataArguments, student, teacher=No
                 raise UserError(f"{what} meets {'crops' if size == crop else 'tiles'} of {size}: {error}") from error
 
 
+def check_same_architecture(student, alone, name: str) -> None:
+    """Refuse to call `alone` the student without a teacher where it is another model; it is named `name`."""
+    ours, theirs = ((model.config.model_type, count_parameters(model)) for model in (student, alone))
+    if ours != theirs:
+        raise UserError(
+            f"--student_alone {name} is a {theirs[0]} of {theirs[1]:,} parameters, the student a {ours[0]} of {ours[1]:,}: "
+            "give the same student trained without a teacher"
+        )
+
+
 def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
     """Refuse to mix two runs in one folder; gives the checkpoint to resume from, if any. Changes nothing.
 
@@ -165,6 +178,11 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
             if checkpoint := checkpoint_to_resume(output_dir, quiet=not main_process):
                 return str(checkpoint)
         elif not overwrite:
+            if TRAINED_NAME in held:
+                raise UserError(
+                    f"{output_dir}: its model is trained: make_card.py --run {output_dir} --dataset DATASET scores it, "
+                    "--overwrite true trains anew"
+                )
             raise UserError(
                 f"{output_dir} has no checkpoint to resume from: give --overwrite true to start anew in it"
             )
@@ -193,7 +211,9 @@ def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
         trainer.require_same_settings(resume)
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
-        (output_dir / RUN_NAME).unlink(missing_ok=True)
+        _require_writable(output_dir)
+        for name in (RUN_NAME, TRAINED_NAME):
+            (output_dir / name).unlink(missing_ok=True)
         if resume is None or Path(resume).resolve().parent != output_dir.resolve():
             for checkpoint in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -205,6 +225,17 @@ def train_run(trainer: SegmentationTrainer, resume: str | None) -> None:
         if trainer.is_world_process_zero():
             print(f"\n{_how_to_go_on(trainer.args.output_dir)}", file=sys.stderr)
         sys.exit(130)
+
+
+def _require_writable(folder: Path) -> None:
+    """Before hours of training that may write nothing until they end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}): give another --output_dir"
+        ) from None
 
 
 def _how_to_go_on(output_dir: str) -> str:
@@ -227,8 +258,11 @@ def finish_run(
 ) -> dict:
     """Save the trained model, score it, and write its card, pictures and examples, and `run.json`, which marks the end.
 
-    Only the main process works here. A teacher that knows the same classes and the student trained alone, where given,
-    are scored in the same way, for the card.
+    Every process of a training calls this: whole images are shared among them, the main process does the rest. A teacher
+    that knows the same classes and the student trained alone, where given, are scored in the same way, for the card.
+
+    The model is saved before anything else, with a record of its training (`TRAINED_NAME`). Where the scoring fails,
+    make_card.py goes on from these, and the command for that is printed.
 
     Args:
         options: the script's dataclass of model options, for `run.json`.
@@ -238,13 +272,19 @@ def finish_run(
 
     Returns:
         What `run.json` holds: options, versions, command, the facts of the card (`cards.read_facts`), and
-        {split: {metric: value}} for every model.
+        {split: {metric: value}} for every model. {} on other processes than the main one.
+
+    Raises:
+        UserError: the trained model cannot be saved, or not be scored.
     """
-    if not trainer.is_world_process_zero():
-        return {}
-    args, device = trainer.args, trainer.args.device
+    args, device, is_main = trainer.args, trainer.args.device, trainer.is_world_process_zero()
     trainer.model.config.class_colors = [list(color) for color in splits.info.colors]  # read by `models.colors_of`
-    _save_model(trainer)
+    if is_main:
+        _save_model(trainer)
+    if dist.is_available() and dist.is_initialized():
+        # Ranks have seen other tiles since the last step began, which the running statistics of batch norm keep.
+        for buffer in trainer.model.buffers():
+            dist.broadcast(buffer, src=0)
     models = {"model": TrainedModel(trainer.model, trainer.processing_class, args.student_channels)}
     if teacher is not None:
         models["teacher"] = TrainedModel(*teacher, getattr(args, "teacher_channels", None) or args.student_channels)
@@ -258,6 +298,15 @@ def finish_run(
         "max_steps",
         "num_train_epochs",
     )
+    best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+    origins = Origins(
+        model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        dataset=data.dataset,
+        teacher=teacher_name and (hub_id(teacher_name) or last_part(teacher_name)),
+        base_model=hub_id(base_model),
+        license=data.license,
+        distillation=distillation_settings(getattr(trainer, "losses", None)),
+    )
     run = {
         "steps": trainer.state.global_step,
         "seconds": _train_seconds(trainer),  # null if the run was resumed: only its last part is known
@@ -269,35 +318,63 @@ def finish_run(
             **{name: getattr(args, name) for name in always},
             "world_size": args.world_size,
             **changed_settings(args, type(args)),
+            **({"weights": f"the best of the training, {Path(best).name}"} if best else {}),
         },
         "hardware": device_name(device),
         "versions": versions(),
         "log": trainer.state.log_history,
+        ORIGINS_KEY: asdict(origins),
     }
-    origins = Origins(
-        model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
-        dataset=data.dataset,
-        teacher=teacher_name,
-        base_model=base_model,
-        license=data.license,
-        distillation=distillation_settings(getattr(trainer, "losses", None)),
-    )
-    return measure_run(
-        args.output_dir, run, models, splits, data.evaluate_on, origins, args.per_device_eval_batch_size, device
-    )
+    try:
+        if is_main:
+            write_record(Path(args.output_dir) / TRAINED_NAME, run)
+        return measure_run(
+            args.output_dir, run, models, splits, data.evaluate_on, origins, args.per_device_eval_batch_size, device
+        )
+    except (Exception, KeyboardInterrupt):
+        if is_main:
+            beside = {
+                "teacher": teacher_name if teacher is not None else None,
+                "student_alone": getattr(options, "student_alone", None) if student_alone is not None else None,
+            }
+            command = ["python", "scripts/make_card.py", "--run", args.output_dir, "--dataset", data.dataset]
+            command += [word for name, path in beside.items() if path for word in (f"--{name}", path)]
+            command += ["--evaluate_on", *data.evaluate_on]
+            print(
+                f"\nThe model is trained and saved in {args.output_dir}. To score it without training it again:\n"
+                f"{shlex.join(command)}",
+                file=sys.stderr,
+            )
+        raise
 
 
 def _save_model(trainer: SegmentationTrainer) -> None:
-    """Model and image processor into a folder beside, then file by file into place, the weights last."""
+    """Model and image processor into a folder beside, then file by file into place, the weights last.
+
+    Raises:
+        UserError: they cannot be written; names the checkpoint that has them, if there is one.
+    """
     output_dir = Path(trainer.args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=output_dir))
+    staging = None
     try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=output_dir))
         trainer._save(str(staging))
+        for file in staging.glob("*.safetensors"):  # some versions write it for its owner alone
+            shutil.copymode(staging / "config.json", file)
+        (output_dir / "README.md").unlink(missing_ok=True)  # of the run that is overwritten
         for file in sorted(staging.iterdir(), key=lambda p: p.suffix == ".safetensors"):
             os.replace(file, output_dir / file.name)
+    except (OSError, SafetensorError) as error:
+        newest = newest_complete_checkpoint(output_dir, quiet=True)
+        way = f"then give the same command with --resume_from_checkpoint true, {newest} is complete" if newest else ""
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{output_dir}: the trained model cannot be saved ({reason}): make room, {way or 'no checkpoint has it'}"
+        ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _train_seconds(trainer) -> float | None:
@@ -316,7 +393,7 @@ def distillation_settings(losses) -> dict | None:
         settings.update({f"{name} weight": weight for name, weight in loss.weights.items()})
         if hasattr(loss, "relation"):
             settings["relation"] = loss.relation
-        if hasattr(loss, "temperature"):
+        if hasattr(loss, "temperature") and getattr(loss, "relation", None) != "cosine":  # which has none
             settings[f"{next(iter(loss.weights)).removesuffix('_relation')} temperature"] = loss.temperature
         if loss.student_layers:
             pairs = zip(loss.student_layers, loss.teacher_layers, strict=True)
@@ -335,7 +412,9 @@ def changed_settings(values, dataclass_type) -> dict:
         "use_cpu", "dataloader_pin_memory", "save_strategy",
     }  # fmt: skip
     default = (
-        dataclass_type(output_dir="unused") if issubclass(dataclass_type, TrainingArguments) else dataclass_type()
+        dataclass_type(output_dir="unused", use_cpu=values.use_cpu)  # else it warns about the ranks of a CPU
+        if issubclass(dataclass_type, TrainingArguments)
+        else dataclass_type()
     )
     changed = {}
     for f in fields(dataclass_type):

@@ -505,7 +505,14 @@ class SegmentationTrainer(Trainer):
         """Refuse before the training what `push_to_hub` would refuse after it. Nothing is made."""
         self.hub_model_id, options = self.args.hub_model_id, self._push_options(token, private)
         if self.is_world_process_zero():
-            check_model_push(self.hub_model_id, **options)
+            try:
+                check_model_push(self.hub_model_id, **options)
+            except UserError as error:
+                if "--overwrite" not in str(error):
+                    raise
+                raise UserError(  # that of a training is about its folder
+                    f"{error}; here: train without push_to_hub, and push afterwards with push_to_hub.py --overwrite"
+                ) from None
 
     def push_to_hub(self, *, token=None, private=None, overwrite=False) -> str | None:
         """Push what `drd_hf.runs.finish_run` wrote into `output_dir` to `args.hub_model_id`, in one commit.

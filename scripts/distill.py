@@ -20,13 +20,14 @@ from drd_hf import (
     load_teacher,
 )
 from drd_hf.arguments import parse_arguments, require
-from drd_hf.errors import UserError, run_script
+from drd_hf.errors import run_script
 from drd_hf.evaluation import check_labels
-from drd_hf.models import count_parameters, find_channels, select_bands
+from drd_hf.models import find_channels, select_bands
 from drd_hf.runs import (
     DataArguments,
     StartArguments,
     check_output_dir,
+    check_same_architecture,
     check_sizes,
     finish_run,
     train_and_validation,
@@ -56,15 +57,6 @@ class ModelArguments(StartArguments):
     score_teacher: bool = field(
         default=True, metadata={"help": "Score the teacher too, for the card. false saves its time."}
     )
-
-
-def check_same_architecture(student, alone, name: str) -> None:
-    ours, theirs = ((model.config.model_type, count_parameters(model)) for model in (student, alone))
-    if ours != theirs:
-        raise UserError(
-            f"--student_alone {name} is a {theirs[0]} of {theirs[1]:,} parameters, the student a {ours[0]} of {ours[1]:,}: "
-            "give the same student trained without a teacher"
-        )
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 python scripts/make_card.py --run runs/student --output model_cards/student
 python scripts/make_card.py --run runs/student --dataset data/potsdam --teacher runs/teacher --student_alone runs/alone
 
-With --dataset everything is measured anew: scores of the three models, their cost, pictures and examples. A run that an
-older version finished needs that. With --output only that folder gets the card and its pictures; the run stays as it is.
+With --dataset everything is measured anew: scores of the three models, their cost, pictures and examples. A model whose
+scoring failed after the training needs that, and a run that an older version finished. With --output only that folder gets
+the card and its pictures; the run stays as it is.
 """
 
 import shutil
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from drd_hf import DistillationConfig, UserError, load_image_processor, load_splits, load_teacher
 from drd_hf.arguments import parse_arguments, require
-from drd_hf.cards import CARD_KEY, read_facts, read_run, write_model_card
-from drd_hf.cards.measure import Origins, TrainedModel, measure_run
+from drd_hf.cards import CARD_KEY, ORIGINS_KEY, read_facts, read_run, write_model_card
+from drd_hf.cards.measure import Origins, TrainedModel, finish_record, measure_run
 from drd_hf.errors import run_script
+from drd_hf.evaluation import check_labels
 from drd_hf.models import find_channels
-from drd_hf.runs import distillation_settings
+from drd_hf.runs import check_same_architecture, distillation_settings
 from drd_hf.trainer import losses_from_config
 
 PICTURES = ("figures", "examples")
@@ -44,7 +46,9 @@ class CardArguments:
 def main() -> None:
     (args,) = parse_arguments(CardArguments, description=__doc__)
     require(run=args.run)
-    run, folder = read_run(args.run), Path(args.output or args.run)
+    if args.output and Path(args.output).resolve() == Path(args.run).resolve():
+        args.output = None
+    run, folder = read_run(args.run, scored=args.dataset is None), Path(args.output or args.run)
     if args.dataset is None:
         if args.teacher or args.student_alone:
             raise UserError("--teacher and --student_alone are scored on the tiles of a dataset: give --dataset")
@@ -57,14 +61,19 @@ def main() -> None:
             source.mkdir(exist_ok=True)
             measure(args, run, source)
         facts = read_facts(source)
-        if args.output and not source.samefile(folder):
+        if args.output:
             for name in PICTURES:
                 shutil.rmtree(folder / name, ignore_errors=True)
                 if (source / name).is_dir():
                     shutil.move(shutil.copytree(source / name, Path(staging, name)), folder / name)
         changed = {"model_name": args.name, "license": args.license}
-        facts = replace(facts, **{name: value for name, value in changed.items() if value is not None})
-        print(write_model_card(folder, facts))
+        changed = {name: value for name, value in changed.items() if value is not None}
+        facts = replace(facts, **changed)
+        if args.output:
+            write_model_card(folder, facts)
+        else:  # and the record, from which a push renders the card
+            finish_record(folder, read_run(folder), facts)
+        print(folder / "README.md")
 
 
 def measure(args: CardArguments, run: dict, folder: Path) -> None:
@@ -79,6 +88,22 @@ def measure(args: CardArguments, run: dict, folder: Path) -> None:
             model = load_teacher(path)
             channels = find_channels(model, splits.info.bands, path)
             models[name] = TrainedModel(model, load_image_processor(path), channels)
+    check_labels(models["model"].model, splits.info.id2label, args.run)
+    if args.student_alone:
+        check_labels(models["student_alone"].model, splits.info.id2label, args.student_alone)
+        check_same_architecture(models["model"].model, models["student_alone"].model, args.student_alone)
+    if ORIGINS_KEY in run:
+        origins = Origins(**run[ORIGINS_KEY])
+        given = {"teacher": args.teacher, "license": args.license}
+        origins = replace(origins, dataset=args.dataset, **{name: value for name, value in given.items() if value})
+    else:
+        origins = origins_of_older_run(args, run, models)
+    run = {"hardware": run.get("milliseconds_per_tile", {}).get("device"), **run}
+    measure_run(folder, run, models, splits, args.evaluate_on, origins, args.batch_size, args.device)
+
+
+def origins_of_older_run(args: CardArguments, run: dict, models: dict) -> Origins:
+    """From its options and facts: older versions did not keep them."""
     kept, settings = run.get(CARD_KEY) or {}, run["settings"]
     distillation = kept.get("distillation")
     if not kept and args.teacher and "teacher" in settings:  # the losses follow from the options and the models
@@ -87,16 +112,16 @@ def measure(args: CardArguments, run: dict, folder: Path) -> None:
         distillation = distillation_settings(
             losses_from_config(config, models["model"].model, models["teacher"].model)
         )
-    origins = Origins(
+    return Origins(
         model_name=kept.get("model_name") or Path(args.run).resolve().name,
         dataset=args.dataset,
-        teacher=args.teacher or settings.get("teacher"),
-        base_model=settings.get("pretrained_weights") or settings.get("student") or settings.get("model"),
+        teacher=args.teacher or kept.get("teacher") or settings.get("teacher"),
+        base_model=next(iter(kept["base_model"]), None)
+        if kept
+        else settings.get("pretrained_weights") or settings.get("student") or settings.get("model"),
         license=args.license or kept.get("license"),
         distillation=distillation,
     )
-    run = {"hardware": run.get("milliseconds_per_tile", {}).get("device"), **run}
-    measure_run(folder, run, models, splits, args.evaluate_on, origins, args.batch_size, args.device)
 
 
 if __name__ == "__main__":

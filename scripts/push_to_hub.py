@@ -42,7 +42,7 @@ def main() -> None:
     args = parse()
     if args.space_dir:
         files = write_model_space(args.space_dir, args.model, args.repo_id)
-        print(f"{len(files)} files; to try it: python {args.space_dir / 'app.py'}")
+        print(f"{len(files)} files; to try it once {args.repo_id} is on the Hub: python {args.space_dir / 'app.py'}")
         return
     space = None if args.space is None else args.space or args.repo_id
     options = {"private": args.private, "overwrite": args.overwrite}

@@ -1,8 +1,11 @@
 """Models on a local server that speaks the Hub's protocol: pushed by the unmodified client, used by strangers."""
 
+import hashlib
 import json
 import re
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from drd_hf.data.prepare import prepare_dataset
 from drd_hf.data.scenes import SCENES, SceneReader, scene_records
 from drd_hf.data.splits import read_info
 from drd_hf.errors import UserError
-from drd_hf.hub import push_model
+from drd_hf.hub import model_files, push_model
 
 from .conftest import LABELS, RandomTiles, tiny_config, tiny_model
 from .hub_server import READ_TOKEN, TOKEN, Client, as_a_stranger, holds_a_token, hub  # noqa: F401  (hub is a fixture)
@@ -199,6 +202,30 @@ def test_card_edited_by_hand_is_pushed_as_it_is(hub, pusher, run):  # noqa: F811
     assert len(hub.repos["models/org/edited"].commits) == 3
     assert hub.repos["models/org/edited"].files["README.md"].decode() == card
     assert "counts as edited by hand" in pusher.log.read_text()
+
+
+def test_card_of_an_older_version_is_not_taken_for_one_that_was_edited(tmp_path):
+    # Words of the card had changed with the package: the old card was pushed, its code with the name of a folder here.
+    run = finished_run(tmp_path / "student")
+    (run / "README.md").write_text((run / "README.md").read_text() + "\nWords of an older version.\n")
+    assert b"org/renewed" not in model_files(run, "org/renewed")["README.md"]
+    record = json.loads((run / "run.json").read_text())
+    record["card_sha256"] = hashlib.sha256((run / "README.md").read_bytes()).hexdigest()
+    (run / "run.json").write_text(json.dumps(record))
+    card = ModelCard(model_files(run, "org/renewed")["README.md"].decode())
+    assert card.data.model_name == "org/renewed" and "older version" not in card.content
+
+
+def test_licence_that_is_given_later_goes_along_with_the_name_of_the_repository(tmp_path, monkeypatch):
+    # make_card.py changed the card and not the record: the card counted as edited by hand, with the name of a folder.
+    run = finished_run(tmp_path / "student")
+    words = ["make_card.py", "--run", str(run), "--license", "apache-2.0", "--name", "My student"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(SCRIPTS / "make_card.py"), run_name="__main__")
+    assert ModelCard.load(run / "README.md").data.model_name == "My student"
+    card = ModelCard(model_files(run, "org/licensed")["README.md"].decode())
+    assert (card.data.license, card.data.model_name) == ("apache-2.0", "org/licensed")
+    assert json.loads((run / "run.json").read_text())["dataset"] == str(run), "what else is known stays"
 
 
 def test_only_pictures_that_the_card_shows_go_along(run):
@@ -426,6 +453,8 @@ def test_script_pushes_a_space_that_names_the_model(hub, pusher, run):  # noqa: 
     space = hub.repos["spaces/org/shown-app"]
     assert space.sdk == "gradio" and len(space.commits) == 2
     assert {"app.py", "requirements.txt", "README.md"} <= set(space.files)
+    # Every picture in the folder of the examples went along, whoever had put it there.
+    assert [path for path in space.files if path.startswith("examples/")] == ["examples/01.png"]
     card = ModelCard(space.files["README.md"].decode(), ignore_metadata_errors=True).data.to_dict()
     assert card["models"] == ["org/shown"] and card["sdk"] == "gradio"
     assert not [path for path, content in space.files.items() if str(run.parent).encode() in content]
@@ -523,6 +552,18 @@ def test_training_does_not_start_for_a_push_that_will_be_refused(
     assert expected in pusher.refused("script", words=[*distil, *words])
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     assert {request.method for request in hub.requests[sent:]} <= {"GET", "HEAD"}
+
+
+def test_repository_of_something_else_is_refused_before_the_training(hub, pusher, distil, scenes, run, tmp_path):  # noqa: F811
+    # The remedy was --overwrite, which is about the output folder here.
+    teacher_in(tmp_path / "teacher", scenes)
+    pusher.said("push", folder=str(run), repo_id="org/foreign")
+    repo = hub.repos["models/org/foreign"]
+    repo.files["README.md"] = b"of somebody else"
+    message = pusher.refused("script", words=[*distil, "--hub_model_id", "org/foreign"])
+    assert "org/foreign: holds something else already" in message
+    assert message.endswith("train without push_to_hub, and push afterwards with push_to_hub.py --overwrite")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_token_goes_to_the_hub_alone_and_into_no_log(hub, pusher, run):  # noqa: F811

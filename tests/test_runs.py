@@ -1,5 +1,8 @@
 import json
 import re
+import runpy
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
@@ -21,14 +25,30 @@ from transformers import (
 
 from drd_hf.arguments import parse_arguments
 from drd_hf.cards import read_facts, render_model_card
+from drd_hf.cards.facts import read_run
 from drd_hf.cards.measure import Origins, TrainedModel, ground_sampling_distance, measure_run, training_curves
 from drd_hf.data import ISPRS_CLASSES, POTSDAM, SourceHeader, SourceImage, load_splits, prepare_dataset
+from drd_hf.data.splits import SegmentationSplits
+from drd_hf.data.transforms import undecoded
 from drd_hf.errors import UserError
 from drd_hf.evaluation import finite_json
+from drd_hf.losses import ATLoss, DualRelationLoss
 from drd_hf.models import load_student
 from drd_hf.plots import CURVE_COLORS
-from drd_hf.runs import DataArguments, changed_settings, check_output_dir, check_sizes, command_line
-from drd_hf.trainer import DistillationConfig, SegmentationConfig
+from drd_hf.runs import (
+    DataArguments,
+    StartArguments,
+    changed_settings,
+    check_output_dir,
+    check_same_architecture,
+    check_sizes,
+    command_line,
+    distillation_settings,
+    finish_run,
+    train_and_validation,
+    train_run,
+)
+from drd_hf.trainer import DistillationConfig, SegmentationConfig, SegmentationTrainer
 
 from .conftest import LABELS, tiny_model
 
@@ -179,11 +199,16 @@ class Towns:
 
 
 @pytest.fixture(scope="module")
-def towns(tmp_path_factory):
+def tiles(tmp_path_factory):
     output, facts = tmp_path_factory.mktemp("towns") / "tiles", replace(POTSDAM.dataset, license=None)
     sources = {"train": [0], "validation": [1, 2], "test": [3, 4]}
     prepare_dataset(sources, Towns(), facts, output, tile_size=64, stride=64)
-    return load_splits(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def towns(tiles):
+    return load_splits(tiles)
 
 
 def segformer(width):
@@ -278,6 +303,126 @@ def test_a_run_that_fails_while_it_is_described_is_not_finished(towns, tmp_path,
     with pytest.raises(ZeroDivisionError):
         describe(tmp_path / "run", towns)
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_split_that_is_named_twice_is_scored_once(towns, tmp_path):
+    # The card refused two results of one name, when the training was over.
+    one = {"model": MODELS["model"]}
+    run = measure_run(tmp_path, RUN, one, towns, ["test", "test"], Origins("tiny", "nowhere"), 4, "cpu")
+    assert list(run["results"]["model"]) == ["test"]
+
+
+def test_a_model_of_other_classes_is_told_to_be_one(towns, tmp_path):
+    other = {"model": TrainedModel(tiny_model("segformer"), SegformerImageProcessor(do_resize=False))}
+    with pytest.raises(UserError, match="the model predicts .*'ground', 'building', 'tree'.*give its dataset"):
+        describe(tmp_path / "run", towns, other)
+
+
+def trained(folder, splits, dataset, **options):
+    """A trainer that has done one step, and the options of the data."""
+    data = DataArguments(dataset=str(dataset), crop_size=64, max_class_share=1.0, license="apache-2.0")
+    args = SegmentationConfig(
+        output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=2, max_steps=1,
+        disable_tqdm=True, **{"save_strategy": "no"} | options,
+    )  # fmt: skip
+    of_run = segformer(1)
+    trainer = SegmentationTrainer(
+        of_run.model, args, processing_class=of_run.processor, **train_and_validation(splits, data)
+    )
+    train_run(trainer, None)
+    return trainer, data
+
+
+def with_damaged_test_tiles(splits):
+    """As a file that cannot be read any more: pictures of the test split that are none."""
+    damaged = undecoded(splits["test"]).to_list()
+    for row in damaged:
+        row["image"] = {"bytes": b"no picture", "path": None}
+    damaged = Dataset.from_list(damaged, features=undecoded(splits["test"]).features)
+    return SegmentationSplits({**splits, "test": damaged}, splits.info)
+
+
+def test_a_model_whose_scoring_fails_is_saved_and_scored_later(towns, tiles, tmp_path, capsys, monkeypatch):
+    # What had been known of the training was lost with the process: the model had no card, and could not be pushed.
+    run = tmp_path / "run"
+    trainer, data = trained(run, towns, tiles)
+    with pytest.raises(UserError):
+        finish_run(trainer, with_damaged_test_tiles(towns), data, StartArguments(), base_model="nvidia/mit-b0")
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "trained.json"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="is trained and has no scores; make_card.py --run"):
+        read_run(run)
+    with pytest.raises(UserError, match="run: its model is trained: make_card.py --run .* scores it"):
+        check_output_dir(arguments(run, resume_from_checkpoint="true"), overwrite=False)
+    command = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert command[:2] == ["python", "scripts/make_card.py"]
+
+    monkeypatch.setattr(sys, "argv", command[1:])
+    runpy.run_path(str(ROOT / command[1]), run_name="__main__")
+
+    assert not (run / "trained.json").exists()
+    described = read_run(run)
+    assert described["steps"] == 1 and described["log"] == json.loads(json.dumps(trainer.state.log_history))
+    card = ModelCard.load(run / "README.md")
+    assert "| max_steps | `1` |" in card.text and "num_train_epochs" not in card.text, "which has no effect then"
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", ["nvidia/mit-b0"])
+    assert {result.dataset_split for result in card.data.eval_results} == {"validation", "test"}
+
+
+def test_a_model_that_cannot_be_written_is_told_in_one_line(towns, tiles, tmp_path):
+    trainer, data = trained(tmp_path / "run", towns, tiles, save_strategy="steps", save_steps=1)
+    (tmp_path / "run" / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"cannot be saved \(.*\): make room, then .*checkpoint-1 is complete$"):
+        finish_run(trainer, towns, data, StartArguments())
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(towns, tiles, tmp_path):
+    # A run without checkpoints writes nothing before its end.
+    trainer, _ = trained(tmp_path / "run", towns, tiles)
+    (tmp_path / "file").write_text("")
+    trainer.args.output_dir = str(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="file/run: cannot be written .*: give another --output_dir"):
+        train_run(trainer, None)
+    assert trainer.state.global_step == 1
+
+
+def test_the_card_says_which_checkpoint_the_weights_are_of(towns, tiles, tmp_path):
+    # "steps 3" stood in the card of a model whose weights were those of an earlier step.
+    best = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer, data = trained(tmp_path / "run", towns, tiles, load_best_model_at_end=True, **best)
+    run = finish_run(trainer, towns, data, StartArguments())
+    assert run["settings"]["weights"] == "the best of the training, checkpoint-1"
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mode == (tmp_path / "run" / "config.json").stat().st_mode
+
+
+def test_a_student_alone_is_the_same_student(tmp_path):
+    check_same_architecture(segformer(1).model, segformer(1).model, "runs/alone")
+    with pytest.raises(UserError, match="--student_alone runs/alone is a segformer of .* parameters, the student a"):
+        check_same_architecture(segformer(1).model, segformer(2).model, "runs/alone")
+
+
+def test_settings_of_a_loss_name_a_temperature_only_where_there_is_one():
+    # Cosine relations have none, and the card gave them one of 1.0.
+    layers = [("a", "b")]
+    assert distillation_settings([DualRelationLoss(layers)]) == {
+        "spatial_relation weight": 3.0, "channel_relation weight": 3.0, "relation": "cosine",
+        "layers (student = teacher)": "a = b",
+    }  # fmt: skip
+    attention = distillation_settings([DualRelationLoss(layers, relation="attention", temperature=2.0)])
+    assert attention["relation"] == "attention" and attention["spatial temperature"] == 2.0
+    assert distillation_settings([ATLoss(layers, 5.0)])["at weight"] == 5.0
+    assert distillation_settings(None) is None
+
+
+def test_only_the_losses_of_the_method_have_its_name(towns, tmp_path):
+    # Any loss with the word relation in its name was called Dual Relation Distillation.
+    run = measure_run(
+        tmp_path, RUN, {"model": MODELS["model"]}, towns, ["test"],
+        Origins("tiny", "nowhere", teacher="big", distillation={"my_relation weight": 1.0}), 4, "cpu",
+    )  # fmt: skip
+    assert run["card"]["dual_relation"] is False
 
 
 def test_the_ground_sampling_distance_follows_the_facts_the_scale_and_the_georeference(towns):

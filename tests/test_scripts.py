@@ -11,6 +11,10 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForSemanticSegmentation
+
+from drd_hf import load_image_processor, load_splits
+from drd_hf.evaluation import evaluate_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = "--max_steps 3 --crop_size 64 --per_device_train_batch_size 4 --logging_steps 1 --use_cpu true --save_strategy no".split()
@@ -148,6 +152,33 @@ def test_interrupted_training_resumes_from_its_checkpoint(project):
     succeed("distill.py", *common, "--resume_from_checkpoint", "true", "--max_steps", "5")
     run = json.loads((project / "resumed" / "run.json").read_text())
     assert run["steps"] == 5 and [e["step"] for e in run["log"] if "loss" in e] == [1, 2, 3, 4, 5]
+
+
+def test_two_processes_score_whole_images_together_as_one_does(project):
+    # The main process alone scored the trained model, and waited for ever to add up its counts with the others.
+    output = project / "two_ranks"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", ROOT / "scripts" / "distill.py"]
+    launch += ["--teacher", project / "teacher", "--student", architecture(project, 1), "--score_teacher", "false"]
+    launch += ["--dataset", project / "tiles", "--output_dir", output, "--evaluate_on", "train"]
+    options = [*TRAINING, "--per_device_train_batch_size", "2", "--learning_rate", "0.05"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, launch), *options], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = json.loads((output / "run.json").read_text())
+    assert run["settings"]["world_size"] == 2 and not (output / "trained.json").exists()
+
+    splits = load_splits(project / "tiles")
+    assert splits.info.num_sources["train"] == 2, "an image for each process"
+    model = AutoModelForSemanticSegmentation.from_pretrained(output)
+    one = evaluate_sources(model, load_image_processor(output), splits["train"], splits.info, batch_size=8)
+    scores = {k.rpartition("/")[2]: v for k, v in run["whole_images"]["model"]["train"].items() if "mean" not in k}
+    expected = {name: value for name, value in one.metrics["full"].compute().items() if name in scores}
+    assert len(expected) > 6
+    for name, value in expected.items():
+        assert value == pytest.approx(scores[name], abs=1e-4, nan_ok=True) or scores[name] is None
 
 
 @pytest.mark.parametrize(

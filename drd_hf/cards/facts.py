@@ -13,7 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from drd_hf.errors import UserError
 
-RUN_NAME, CARD_KEY = "run.json", "card"
+RUN_NAME, CARD_KEY, CARD_HASH_KEY = "run.json", "card", "card_sha256"
+# What is known of a training before its model is scored: stands for `RUN_NAME` until that is there.
+TRAINED_NAME, ORIGINS_KEY = "trained.json", "origins"
 # Pictures of a card by their places in the folder of the model.
 CONFUSION_NAME, CURVES_NAME, COMPARISON_NAME = "figures/confusion.png", "figures/curves.png", "figures/examples.png"
 REMEDY = "give the output folder of a finished train_teacher.py or distill.py"
@@ -178,15 +180,25 @@ def facts_from_json(content: Mapping[str, Any]) -> ModelCardFacts:
     return facts
 
 
-def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+def read_run(folder: str | os.PathLike, scored: bool = True) -> dict[str, Any]:
     """`run.json` of a finished run.
+
+    Args:
+        scored: False also takes what is known of a model that was trained, and whose scores are missing.
 
     Raises:
         UserError: `folder` holds no finished run, or a damaged record of it.
     """
-    path = Path(folder) / RUN_NAME
+    path, trained = Path(folder) / RUN_NAME, Path(folder) / TRAINED_NAME
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: there is no such folder; {REMEDY}")
+    if not path.is_file() and trained.is_file():
+        if scored:
+            raise UserError(
+                f"{folder}: its model is trained and has no scores; make_card.py --run {folder} --dataset DATASET "
+                "measures them"
+            )
+        path = trained
     if not path.is_file():
         raise UserError(f"{folder}: holds no finished run, it has no {RUN_NAME}; {REMEDY}")
     try:

@@ -1,5 +1,6 @@
 """What a trained model is: its scores, cost and pictures, measured for its card and kept in `run.json`."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
+import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from transformers import PreTrainedModel
 
 from drd_hf.cards.facts import (
+    CARD_HASH_KEY,
     CARD_KEY,
     COMPARISON_NAME,
     CONFUSION_NAME,
     CURVES_NAME,
     RUN_NAME,
+    TRAINED_NAME,
     Example,
     MeasuredResult,
     ModelCardFacts,
@@ -57,6 +61,7 @@ from drd_hf.pictures import comparison_picture
 from drd_hf.plots import CURVE_COLORS, confusion_picture, curves_picture
 from drd_hf.profiling import device_name, profile_models
 
+DUAL_RELATION = ("spatial_relation", "channel_relation")  # its terms
 EXAMPLES = 3
 EXAMPLE_CELL = 140  # pixels: the picture of the examples stays below 200 kB
 PROFILE_ROUNDS = 7
@@ -99,6 +104,9 @@ def measure_run(
     Every split of `evaluate_on` is scored tile by tile. Where images are larger than tiles, the last one is also scored
     on whole images, by the protocol of its classes and with every reference that the dataset has.
 
+    Where a `torch.distributed` process group is initialised every rank calls this with the same models: the whole images
+    are shared over the ranks, and the main process does the rest alone.
+
     Args:
         folder: of the model; what is written there appears when it is whole.
         run: what is known of the training, for `run.json`: `settings`, `seed`, `steps`, `versions`, `command`, `log`, and
@@ -109,14 +117,34 @@ def measure_run(
         device: default CUDA if there is one, else CPU.
 
     Returns:
-        The content of `run.json`: `run` and what was measured.
+        The content of `run.json`: `run` and what was measured. {} on other ranks than the main one.
     """
-    info, folder = splits.info, Path(folder)
+    info, folder, evaluate_on = splits.info, Path(folder), list(dict.fromkeys(evaluate_on))
     scored = {
         name: trained
         for name, trained in models.items()
         if gives_class_scores(trained.model) and same_labels(trained.model, info.id2label)
     }
+    if "model" not in scored:
+        ours = list(models["model"].model.config.id2label.values())
+        raise UserError(f"the model predicts {ours}, {info.name} has {list(info.id2label.values())}: give its dataset")
+    last, evaluations = evaluate_on[-1], {}
+    if info.num_tiles[last] > info.num_sources[last]:
+        evaluations = {
+            name: without_empty(
+                evaluate_sources(
+                    trained.model, trained.processor, splits[last], info, reference=None, batch_size=batch_size,
+                    device=device, channels=trained.channels,
+                ),
+                None,
+                f"{info.name} {last}",
+            )
+            for name, trained in scored.items()
+        }  # fmt: skip
+    # What the ranks do together comes first: nobody waits for the main process until its connection times out.
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return {}
+
     results, matrix = {}, None
     for name, trained in scored.items():
         for split in evaluate_on:
@@ -130,20 +158,9 @@ def measure_run(
         _result(info.name, split, f"{protocol_of(info)}, {info.tile_size} px", {n: results[n][split] for n in results})
         for split in reversed(evaluate_on)  # the test split, which is what readers look for, comes last in a run
     ]
-    last, whole = evaluate_on[-1], {}
-    if info.num_tiles[last] > info.num_sources[last]:
+    whole = {}
+    if evaluations:
         protocol = find_protocol("auto", info)
-        evaluations = {
-            name: without_empty(
-                evaluate_sources(
-                    trained.model, trained.processor, splits[last], info, reference=None, batch_size=batch_size,
-                    device=device, channels=trained.channels,
-                ),
-                None,
-                f"{info.name} {last}",
-            )
-            for name, trained in scored.items()
-        }  # fmt: skip
         whole = {name: {last: protocol.scores(found.metrics)} for name, found in evaluations.items()}
         measured = [*_whole_image_results(info.name, last, protocol, evaluations), *measured]
         reference, counted = next(iter(evaluations["model"].metrics.items()))
@@ -182,16 +199,36 @@ def measure_run(
             examples=examples,
             comparison=(staging / COMPARISON_NAME).is_file(),
         )
-        content = {**run, CARD_KEY: facts_to_json(facts)}
         for name in ("figures", "examples"):
             _replace_folder(staging / name, folder / name, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    write_model_card(folder, facts_from_json(content[CARD_KEY]))
-    temporary = folder / f"{RUN_NAME}.tmp"
-    temporary.write_text(json.dumps(finite_json(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RUN_NAME)
+    content = finish_record(folder, run, facts)
+    (folder / TRAINED_NAME).unlink(missing_ok=True)
     return content
+
+
+def finish_record(folder: str | os.PathLike, run: Mapping[str, Any], facts: ModelCardFacts) -> dict[str, Any]:
+    """Write the card of `facts`, and after it `run.json`, with `run`, the facts, and by what the card is known again.
+
+    Returns:
+        What `run.json` holds.
+    """
+    kept = facts_to_json(facts)
+    card = write_model_card(folder, facts_from_json(kept))
+    content = {**run, CARD_KEY: kept, CARD_HASH_KEY: hashlib.sha256(card.read_bytes()).hexdigest()}
+    write_record(Path(folder) / RUN_NAME, content)
+    return content
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that appears when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(finite_json(dict(content)), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -281,8 +318,8 @@ def _facts(run, models, splits, origins: Origins, measured, costs) -> ModelCardF
         teacher_num_parameters=count_parameters(models["teacher"].model) if "teacher" in models else None,
         results=measured,
         distillation=origins.distillation,
-        dual_relation=any("relation" in name for name in origins.distillation or ()),
-        training=_without_folders(run["settings"]),
+        dual_relation=any(f"{name} weight" in (origins.distillation or ()) for name in DUAL_RELATION),
+        training=_effective(_without_folders(run["settings"])),
         seed=run["seed"],
         steps=run["steps"],
         hardware=run["hardware"],
@@ -384,6 +421,12 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the length of the training that had no effect: steps win over epochs."""
+    without = "num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps"
+    return {name: value for name, value in settings.items() if name != without}
+
+
 def _replace_folder(new: Path, final: Path, staging: Path) -> None:
     """`new` takes the place of `final`, which goes into `staging`; without `new` there is no `final` afterwards."""
     if final.exists():
@@ -392,4 +435,13 @@ def _replace_folder(new: Path, final: Path, staging: Path) -> None:
         os.replace(new, final)
 
 
-__all__ = ["Origins", "TrainedModel", "ground_sampling_distance", "measure_run", "training_curves", "write_curves"]
+__all__ = [
+    "Origins",
+    "TrainedModel",
+    "finish_record",
+    "ground_sampling_distance",
+    "measure_run",
+    "training_curves",
+    "write_curves",
+    "write_record",
+]

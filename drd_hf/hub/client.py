@@ -84,7 +84,7 @@ def check_access(
 
     def check() -> None:
         user = api.whoami()
-        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
         if role == "read":
             raise UserError(f"{repo_id}: the token may only read; give one with write access")
         if _existing(api, repo_id, repo_type, private, may_replace) or role != "write":

@@ -1,5 +1,6 @@
 """Trained models on the Hub: the files of a finished run that a stranger needs, and no others."""
 
+import hashlib
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import RepoCard
 from huggingface_hub.constants import ENDPOINT
 
-from drd_hf.cards import read_facts, render_model_card
+from drd_hf.cards import CARD_HASH_KEY, read_facts, read_run, render_model_card
 from drd_hf.errors import UserError
 from drd_hf.hub.client import check_access, one_line, push_files
 
@@ -101,8 +102,8 @@ def model_files(folder: str | Path, repo_id: str) -> dict[str, Path | bytes]:
     These are the configuration, the weights, the image processor, the card, and the pictures that the card shows.
     Checkpoints, optimizers, projectors, logs and everything else stay where they are.
 
-    The card is rendered anew for `repo_id`. One that was edited by hand (it is not what the facts of the run give) is
-    left as it is.
+    The card is rendered anew for `repo_id`. One that was edited by hand (it is neither what the run wrote nor what its
+    facts give) is left as it is.
 
     Raises:
         UserError: the run is not finished, a file is missing, the weights are not those of the model alone, a
@@ -136,10 +137,14 @@ def _card_text(folder: Path, repo_id: str) -> str:
         raise UserError(f"{folder}: was not scored; a model is pushed with its scores")
     rendered = render_model_card(replace(facts, model_name=repo_id))
     try:
-        found = path.read_text(encoding="utf-8") if path.exists() else None
+        found = path.read_bytes() if path.exists() else None
+        # An older version of the package may have rendered it in other words.
+        if found is None or hashlib.sha256(found).hexdigest() == read_run(folder).get(CARD_HASH_KEY):
+            return rendered
+        found = found.decode().replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
-    if found in (None, rendered, render_model_card(facts)):
+    if found in (rendered, render_model_card(facts)):
         return rendered
     logger.warning("%s is not what the run gives: it counts as edited by hand and is pushed as it is", path)
     return found

@@ -25,9 +25,9 @@ def write_model_space(folder: str | Path, model: str | Path, repo_id: str) -> di
     """
     if Path(repo_id).is_dir():  # the Space would read that folder instead of the Hub
         raise UserError(f"{repo_id}: a folder here has the name of the repository; call this from another folder")
-    pictures = Path(model) / "examples"
-    examples = pictures if pictures.is_dir() else None
-    written = write_space(folder, repo_id, examples=examples, license=read_facts(model).license)
+    facts = read_facts(model)  # what else lies in the folder of the examples may be nobody's to hand on
+    examples = [Path(model) / example.path for example in facts.examples]
+    written = write_space(folder, repo_id, examples=examples, license=facts.license)
     return {path.relative_to(folder).as_posix(): path for path in written}
 
 
