@@ -155,12 +155,14 @@ def test_speed_is_measured_as_of_any_model(exported):
 def test_the_file_alone_says_what_goes_in_and_what_comes_out(tmp_path):
     model, processor = student("mobilenet_v2"), MobileNetV2ImageProcessor()  # mean and deviation 0.5
     model.config.bands = ["near_infrared", "red", "green"]
+    model.config.class_colors = [[90, 80, 70], [200, 0, 0], [0, 120, 0]]
     export_onnx(model, processor, tmp_path / "student.onnx", size=64, name="someone/student")
     facts = {entry.key: json.loads(entry.value) for entry in onnx.load(str(tmp_path / "student.onnx")).metadata_props}
     version = facts.pop("drd_hf_version")
     assert version.count(".") == 2
     assert facts == {
         "id2label": {"0": "ground", "1": "building", "2": "tree"},
+        "class_colors": [[90, 80, 70], [200, 0, 0], [0, 120, 0]],
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "rescale_factor": pytest.approx(1 / 255),
