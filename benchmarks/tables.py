@@ -94,16 +94,6 @@ def demo_seeds() -> str:
     )
 
 
-def demo_latest() -> str:
-    found = read("demo_latest")
-    scores = {row["model"]: row["mean_iou"] for row in found["rows"]}
-    return (
-        f"Colours are augmented slightly differently since these runs. Seed {found['seed']} again with the current version: "
-        f"teacher {scores['teacher']:.3f}, student alone {scores['student alone']:.3f}, distilled student "
-        f"{scores['distilled student']:.3f} mIoU, ahead by {scores['distilled student'] - scores['student alone']:.3f}."
-    )
-
-
 def dubai_scores(method: str, key: str = "test_mean_iou") -> list[float]:
     return [run[key] for run in read("dubai")["runs"] if run["method"] == method]
 
@@ -265,7 +255,6 @@ def inference() -> str:
 TABLES = {
     "demo": demo,
     "demo-seeds": demo_seeds,
-    "demo-latest": demo_latest,
     "dubai": dubai,
     "dubai-findings": dubai_findings,
     "dubai-choice": dubai_choice,
