@@ -133,6 +133,14 @@ def test_a_model_trained_without_a_teacher_does_not_speak_of_distillation():
     assert "Citation" not in headings(card)
 
 
+def test_losses_beside_the_method_are_said_in_the_first_sentence():
+    weights = {"spatial_relation weight": 3.0, "channel_relation weight": 3.0}
+    alone = render_model_card(replace(DISTILLED, distillation=weights))
+    both = render_model_card(replace(DISTILLED, distillation=weights | {"skd weight": 5.0}))
+    assert "with Dual Relation Distillation." in alone
+    assert "with Dual Relation Distillation and other losses." in both
+
+
 def test_a_model_distilled_with_other_losses_does_not_claim_the_method():
     card = render_model_card(replace(DISTILLED, dual_relation=False))
     assert "How it was distilled" in headings(card) and "Citation" not in headings(card)

@@ -18,6 +18,8 @@ RUN_NAME, CARD_KEY, CARD_HASH_KEY = "run.json", "card", "card_sha256"
 TRAINED_NAME, ORIGINS_KEY = "trained.json", "origins"
 # Pictures of a card by their places in the folder of the model.
 CONFUSION_NAME, CURVES_NAME, COMPARISON_NAME = "figures/confusion.png", "figures/curves.png", "figures/examples.png"
+# Settings of a distillation that show that it is Dual Relation Distillation.
+DUAL_RELATION = ("spatial_relation weight", "channel_relation weight")
 REMEDY = "give the output folder of a finished train_teacher.py or distill.py"
 
 

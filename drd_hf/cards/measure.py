@@ -23,6 +23,7 @@ from drd_hf.cards.facts import (
     COMPARISON_NAME,
     CONFUSION_NAME,
     CURVES_NAME,
+    DUAL_RELATION,
     RUN_NAME,
     TRAINED_NAME,
     Example,
@@ -61,7 +62,6 @@ from drd_hf.pictures import comparison_picture
 from drd_hf.plots import CURVE_COLORS, confusion_picture, curves_picture
 from drd_hf.profiling import device_name, profile_models
 
-DUAL_RELATION = ("spatial_relation", "channel_relation")  # its terms
 EXAMPLES = 3
 EXAMPLE_CELL = 140  # pixels: the picture of the examples stays below 200 kB
 PROFILE_ROUNDS = 7
@@ -318,7 +318,7 @@ def _facts(run, models, splits, origins: Origins, measured, costs) -> ModelCardF
         teacher_num_parameters=count_parameters(models["teacher"].model) if "teacher" in models else None,
         results=measured,
         distillation=origins.distillation,
-        dual_relation=any(f"{name} weight" in (origins.distillation or ()) for name in DUAL_RELATION),
+        dual_relation=any(name in (origins.distillation or ()) for name in DUAL_RELATION),
         training=_effective(_without_folders(run["settings"])),
         seed=run["seed"],
         steps=run["steps"],

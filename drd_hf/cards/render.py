@@ -13,7 +13,15 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from drd_hf.cards.facts import COMPARISON_NAME, CONFUSION_NAME, CURVES_NAME, MeasuredResult, ModelCardFacts, is_hub_id
+from drd_hf.cards.facts import (
+    COMPARISON_NAME,
+    CONFUSION_NAME,
+    CURVES_NAME,
+    DUAL_RELATION,
+    MeasuredResult,
+    ModelCardFacts,
+    is_hub_id,
+)
 from drd_hf.cards.text import code_block, last_part, markdown_code, markdown_text, short_name, without_paths
 from drd_hf.errors import UserError
 
@@ -44,6 +52,7 @@ def render_model_card(facts: ModelCardFacts) -> str:
     return _template().render(
         facts=facts,
         header=_header(facts),
+        other_losses=any(str(n).endswith(" weight") and n not in DUAL_RELATION for n in facts.distillation or ()),
         model_name=model_name,
         model_literal=json.dumps(model_name, ensure_ascii=False),
         base_models=_base_models(facts),

@@ -45,11 +45,19 @@ class FolderLayout:
     license: str | None = None
     citation: str | None = None
     description: str = ""
+    may_be_shared: bool = True
     bands: tuple[str, ...] = ()
 
     def facts(self, name: str) -> DatasetFacts:
         """The dataset's facts; `name` is used where the layout gives none."""
-        return DatasetFacts(self.name or name, self.classes, self.description, self.license, self.citation)
+        return DatasetFacts(
+            self.name or name,
+            self.classes,
+            self.description,
+            self.license,
+            self.citation,
+            may_be_shared=self.may_be_shared,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def read_layout(path: str | Path) -> FolderLayout:
     `splits` (train / validation / test, each a list of glob patterns on the image path), and optionally `ignore`
     (colours or values that become 255), `bands` (names of all bands of TIFF images, for example red, green, blue,
     near_infrared, height; without it a last band that is marked as alpha is transparency), `name`, `license`,
-    `citation`, `description`.
+    `citation`, `description`, `may_be_shared` (false keeps the pixels out of cards and off the Hub).
 
     Raises:
         UserError: the file cannot be read, or a key is missing, unknown or wrong; the message names it.
@@ -83,11 +91,16 @@ def read_layout(path: str | Path) -> FolderLayout:
         raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     texts = ("name", "license", "citation", "description")
     _check_keys(
-        content, f"{path}", required=("images", "masks", "classes", "splits"), optional=("ignore", "bands", *texts)
+        content,
+        f"{path}",
+        required=("images", "masks", "classes", "splits"),
+        optional=("ignore", "bands", "may_be_shared", *texts),
     )
     for key in ("images", "masks", *texts):
         if key in content and not (isinstance(content[key], str) and content[key].strip()):
             raise UserError(f"{path}: {key} is {content[key]!r}; write it as text in quotes")
+    if not isinstance(may_be_shared := content.get("may_be_shared", True), bool):
+        raise UserError(f"{path}: may_be_shared is {may_be_shared!r}; write true or false")
     for key in ("images", "masks"):
         _check_pattern(content[key], f"{path}: {key}")
 
@@ -114,6 +127,7 @@ def read_layout(path: str | Path) -> FolderLayout:
         ignore_codes=ignore_codes,
         by_color=by_color,
         splits=_read_splits(content["splits"], path),
+        may_be_shared=may_be_shared,
         bands=tuple(bands),
         **{key: content[key].strip() for key in texts if key in content},
     )

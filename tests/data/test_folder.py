@@ -86,6 +86,11 @@ def test_layout_gives_the_facts_of_the_dataset(tmp_path):
     assert read(tmp_path, color_layout()).license is None
 
 
+def test_pixels_stay_at_home_if_the_layout_says_so(tmp_path):
+    assert read(tmp_path, color_layout()).facts("x").may_be_shared is True
+    assert read(tmp_path, color_layout(may_be_shared=False)).facts("x").may_be_shared is False
+
+
 def test_index_layout_may_name_the_colour_to_draw_with(tmp_path):
     layout = read(tmp_path, value_layout())
     assert layout.codes == (2, 700)
@@ -124,6 +129,7 @@ def test_index_layout_may_name_the_colour_to_draw_with(tmp_path):
         (color_layout(ignore=[7]), "ignore: 7 is not a colour"),
         (color_layout(ignore=3), "ignore is 3"),
         (color_layout(license=3), "license is 3"),
+        (color_layout(may_be_shared="no"), "may_be_shared is 'no'"),
     ],
 )
 def test_wrong_layout_is_refused_in_one_line_that_names_the_file(tmp_path, content, message):
