@@ -92,6 +92,8 @@ class SegmentationConfig(TrainingArguments):
             # Every rank makes its own batches: those of a stream would travel between ranks as tensors, names do not.
             # The next batch is copied while the last step still runs, which a blocking copy waits for.
             self.accelerator_config = {"dispatch_batches": False, "non_blocking": self.dataloader_pin_memory}
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # bf16 autocast works there too, but the base class refuses it unless that is said
         super().__post_init__()
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:

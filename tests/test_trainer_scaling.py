@@ -203,6 +203,12 @@ def test_half_precision_without_a_gpu_is_refused(tmp_path):
         config(tmp_path, fp16=True)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_bf16_needs_no_word_about_the_cpu_where_there_is_nothing_else(tmp_path):
+    arguments = SegmentationConfig(output_dir=tmp_path, bf16=True, report_to="none")  # TrainingArguments alone refuses
+    assert arguments.use_cpu and arguments.device.type == "cpu"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_tf32_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tf32 requires"):
