@@ -117,7 +117,7 @@ def plan(study: Study, args, lines: dict[str, dict]) -> tuple[list[Cell], list[s
         pairs, methods = asked.get(stage, ((), ()))
         pairs_to_tune, methods_to_tune = asked.get(tuning, ((), ()))
         limits = study.ablation_of if stage == "ablate" else {}
-        folds = choose(range(len(study.folds)), args.folds or limits.get("folds"), "folds")
+        folds = choose(study.compared_folds, args.folds or limits.get("folds"), "folds")
         seeds = args.seeds or limits.get("seeds") or study.seeds
         for pair in dict.fromkeys(study.tuned_on or pair for pair in pairs_to_tune):
             for method in methods_to_tune:
@@ -154,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     study, results = read_study(args.study, args.steps), args.results.resolve()
     choose(study.methods | study.ablations, args.methods, "--methods")
-    choose(range(len(study.folds)), args.folds, "--folds")
+    choose(study.compared_folds, args.folds, "--folds")
     choose(study.pairs, args.pairs, "--pairs")
 
     def plan_now() -> tuple[list[Cell], list[str]]:

@@ -141,6 +141,7 @@ class RunLayer:
     name: str
     module: nn.Module
     width: int | None  # channels of its feature map; None where it gives something else, or ran more than once
+    stride: int | None = None  # pixels of the image for one position of the map, None without a width
 
 
 def layers_in_order(model: nn.Module) -> tuple[list[RunLayer], object]:
@@ -158,9 +159,10 @@ def layers_in_order(model: nn.Module) -> tuple[list[RunLayer], object]:
             try:
                 features = _feature_map(output, name, (1, 0, *size), tokens)
                 width = features.shape[1] if features.shape[2] * features.shape[3] > 1 else None
+                stride = max(round(size[0] / features.shape[2]), 1)
             except UserError:
-                width = None
-            order.append(RunLayer(name, module, width))
+                width = stride = None
+            order.append(RunLayer(name, module, width, stride))
 
         return hook
 
@@ -172,7 +174,8 @@ def layers_in_order(model: nn.Module) -> tuple[list[RunLayer], object]:
             handle.remove()
     times = Counter(run.name for run in order)
     for run in order:
-        run.width = run.width if times[run.name] == 1 else None
+        if run.width is None or times[run.name] > 1:
+            run.width = run.stride = None
     return order, output
 
 

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.data.splits import SegmentationInfo
 from drd_hf.errors import UserError
-from drd_hf.features import input_channels, layers_in_order
+from drd_hf.features import FeatureHooks, input_channels, layers_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,40 @@ def default_feature_layer(model: PreTrainedModel) -> str:
             f"no default feature layer for model type {family!r}: name one with feature_layers=STUDENT_LAYER=TEACHER_LAYER"
         )
     return layer
+
+
+def encoder_stages(model: PreTrainedModel) -> dict[int, str]:
+    """{stride: layer} of the last stage or block of a segmenter's or encoder's body at each resolution, finest first.
+
+    Stride is in pixels of the image. Stages and blocks are the numbered members of a list; where no such layer gives a map of
+    that size, the layer with the shortest name does. A resolution without any (attention in windows) is missing.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    modules = dict(model.named_modules())
+    bodies = ("model.pixel_level_module.encoder", model.base_model_prefix, "backbone")  # the first of universal segmenters
+    body = next((name for name in bodies if name and name in modules), "")
+    stages: dict[int, tuple[tuple, str]] = {}
+    for run in layers_in_order(model)[0]:
+        if not run.width or not run.name.startswith(f"{body}." if body else "") or _is_aside(run):
+            continue
+        try:
+            FeatureHooks(model, [run.name]).remove()
+        except UserError:  # tokens in no order of places
+            continue
+        rank = (not run.name.rpartition(".")[2].isdigit(), run.name.count("."))
+        if run.stride not in stages or rank <= stages[run.stride][0]:
+            stages[run.stride] = rank, run.name
+    return {stride: name for stride, (_, name) in sorted(stages.items())}
+
+
+def stage_pairs(student: PreTrainedModel, teacher: PreTrainedModel, least: int = 8) -> list[tuple[str, str]]:
+    """Pairs of encoder stages: the coarsest of both models, and those of equal stride from `least` pixels on, finest first."""
+    of_student, of_teacher = (encoder_stages(model) for model in (student, teacher))
+    if not of_student or not of_teacher:
+        return []
+    ends = max(of_student), max(of_teacher)
+    equal = [(s, s) for s in of_student if s in of_teacher and least <= s < min(ends)]
+    return [(of_student[s], of_teacher[t]) for s, t in dict.fromkeys([*equal, ends])]
 
 
 def _before_classifier(order: list, num_labels: int) -> str | None:

@@ -25,7 +25,7 @@ from benchmarks.study import lines as results  # noqa: E402
 from benchmarks.study.cells import run_cells  # noqa: E402
 from benchmarks.study.data import keep_labels, labelled_sources  # noqa: E402
 from benchmarks.study.plan import candidates, read_study, student_cell, teacher_cell  # noqa: E402
-from benchmarks.study.tables import collect, markdown, paired_difference, rows_of, sections  # noqa: E402
+from benchmarks.study.tables import collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
 from scripts import distill, train_teacher  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
@@ -194,6 +194,24 @@ def test_every_method_is_compared_once_as_soon_as_it_is_tuned_before_other_folds
     assert rows == here + there
     assert [reason.split()[3] for reason in missing] == ["kd"]
     assert {cell.facts["tuned_on"] for cell in cells if cell.facts["method"] == "drd"} == {None, first}
+
+
+def test_a_fold_for_the_weights_alone_is_not_compared(tiny, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    content["dataset"]["folds"] = ["a", {"folder": "b", "compared": False}]
+    content["tuning"] = {"fold": 1}
+    path = tmp_path / "apart.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    study = read_study(path)
+    weights = study.methods["drd"].weights
+    scores = {cell.command: {"validation_mean_iou": 0.5} for cell in compare.plan(study, options_of(), {})[0]}
+    cells, missing = compare.plan(study, options_of(), scores)
+    where = [(cell.facts["method"], cell.facts["fold"], cell.facts["stage"]) for cell in cells]
+    assert where == [("none", 0, "compare"), *[("drd", 1, "tune")] * len(weights), ("drd", 0, "compare")]
+    assert not missing
+    assert all("test" not in cell.words for cell in cells if cell.facts["fold"] == 1)
+    with pytest.raises(UserError, match="folds: 1 is not in the study"):
+        compare.plan(study, options_of(folds=[1]), scores)
 
 
 def test_a_runner_starts_nothing_after_its_hours_and_goes_on_later(tiny, monkeypatch, capsys, tmp_path):
@@ -422,6 +440,35 @@ def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
 def test_other_students_and_other_settings_are_in_a_table_of_their_own(other):
     lines = [line("none", 0, 0, 0.2, "a"), line("none", 0, 0, 0.3, "b", **other)]
     assert [[one["test_mean_iou"] for one in group] for _, group in sections(lines)] == [[0.2], [0.3]]
+
+
+def test_all_pairs_together_are_compared_within_each_pair():
+    """A run of one pair is never set against the student alone of another one."""
+    lines = [line("none", 0, 0, 0.2), line("none", 0, 0, 0.6, pair="q", teacher="u", command="none q")]
+    assert pooled(lines[:1]) == []
+    lines += [line("drd", 0, 0, 0.3, "w1"), line("drd", 0, 0, 0.9, "w2", pair="q", teacher="u")]
+    lines += [line("drd", 0, 0, 0.4, "w3", finished="2026-02-01T00:00:00+00:00"), line("kd", 1, 0, 0.5)]
+    ((title, group),) = pooled(lines)
+    assert title == "d: all pairs, 9 steps"
+    rows = {row["method"]: row for row in rows_of(group)}
+    assert rows["drd"]["runs"] == 2 and rows["drd"]["test"] == pytest.approx(0.65)  # w3 ran after w1
+    assert rows["drd"]["gain"][0] == pytest.approx(0.25) and rows["drd"]["gain"][3] == 2
+    assert rows["kd"]["gain"] is None and rows["kd"]["behind"] is None
+    assert "## d: all pairs, 9 steps" in markdown(lines)
+
+
+def test_a_study_takes_from_its_base_what_it_does_not_say(tiny, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump({"base": "whole.yaml", "steps": 7, "methods": {"none": None}}))
+    part, whole = read_study(tmp_path / "part.yaml"), read_study(tmp_path / "whole.yaml")
+    assert part.name == "part" and part.steps == 7 and list(part.methods) == ["none"]
+    assert (part.pairs, part.teachers, part.folds, part.settings) == (
+        whole.pairs, whole.teachers, whole.folds, whole.settings,
+    )  # fmt: skip
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump({"base": "other.yaml"}))
+    with pytest.raises(UserError, match="other.yaml: cannot be read"):
+        read_study(tmp_path / "part.yaml")
 
 
 def test_methods_are_compared_with_the_options_of_drd_that_ran_last():

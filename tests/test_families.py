@@ -37,6 +37,7 @@ class UnlabelledTiles(RandomTiles):
 def trained(tmp_path, student, teacher, data=None, **changes):
     settings = {
         "output_dir": str(tmp_path / "run"),
+        "method": ["drd", "drd_aligned"],  # the second reads the stages of the encoders too
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
@@ -63,6 +64,7 @@ def assert_sound(logs):
     for entry in logs:
         assert all(math.isfinite(value) for value in entry.values())
         assert entry["task_loss"] > 0 and entry["spatial_relation"] > 0 and entry["channel_relation"] > 0
+        assert 0 < entry["relation_alignment"] <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("family", families(SEGMENTERS))

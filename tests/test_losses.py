@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drd_hf.errors import UserError
-from drd_hf.losses import DualRelationLoss, PixelLogitLoss, pixel_kl
-from drd_hf.relations import channel_relation_distance, spatial_relation_distance
+from drd_hf.losses import DualRelationLoss, PixelLogitLoss, RelationAlignmentLoss, pixel_kl
+from drd_hf.losses.dual_relation import grid_within
+from drd_hf.relations import channel_relation_distance, relation_alignment_distance, spatial_relation_distance
 
 
 def features(channels, size=6, seed=0):
@@ -71,14 +72,23 @@ def test_relations_can_be_compared_on_a_coarser_grid():
 )
 def test_the_grid_is_bounded_in_positions_and_keeps_its_proportions(limit, size, grid):
     student, teacher = torch.randn(1, 4, *size), torch.randn(1, 4, 5, 7)
-    seen = DualRelationLoss([("s", "t")], resize_relations_to=limit)._grid(student)
-    assert seen == grid
+    assert grid_within(*size, limit) == grid
     terms = DualRelationLoss([("s", "t")], resize_relations_to=limit)({"s": student}, {"t": teacher})
     resize = torch.nn.functional.interpolate
     student = resize(student, grid, mode="bilinear", antialias=True)
     teacher = resize(teacher, grid, mode="bilinear", antialias=True)
     torch.testing.assert_close(terms["spatial_relation"], spatial_relation_distance(student, teacher))
     torch.testing.assert_close(terms["channel_relation"], channel_relation_distance(student, teacher))
+
+
+def test_alignment_is_the_mean_over_pairs_on_a_grid_within_the_limit():
+    student, teacher, fine = features(4), features(8, seed=1), features(4, size=20, seed=2)
+    loss = RelationAlignmentLoss([("s", "t", 1), ("fine", "t", 3)], weight=5.0, resize_relations_to=10)
+    terms = loss({"s": student, "fine": fine}, {"t": teacher})
+    shrunk = torch.nn.functional.interpolate(fine, size=(10, 10), mode="bilinear", antialias=True)
+    expected = relation_alignment_distance(student, teacher) / 4 + 3 * relation_alignment_distance(shrunk, teacher) / 4
+    torch.testing.assert_close(terms, {"relation_alignment": expected})
+    assert loss.weights == {"relation_alignment": 5.0} and not list(loss.parameters())
 
 
 def test_pairs_enter_the_mean_with_their_weights():
@@ -147,6 +157,8 @@ def test_logit_loss_resizes_the_teacher_and_refuses_other_classes():
         (lambda: DualRelationLoss([("a", "b")], spatial_weight=float("nan")), "relation weight nan"),
         (lambda: DualRelationLoss([("a", "b")], spatial_weight=0, channel_weight=0), "both relation weights are 0"),
         (lambda: DualRelationLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
+        (lambda: RelationAlignmentLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
+        (lambda: RelationAlignmentLoss([("a", "b")], weight=0), "must be a number above 0"),
         (lambda: PixelLogitLoss(temperature=0), "greater than 0"),
     ],
 )

@@ -17,11 +17,15 @@ SCRIPTS = {"alone": "scripts/train_teacher.py", "distilled": "scripts/distill.py
 
 @dataclass(frozen=True)
 class Fold:
-    """One division of a dataset: its prepared folder, and the splits of the layout file if they are not the file's own."""
+    """One division of a dataset: its prepared folder, and the splits of the layout file if they are not the file's own.
+
+    `compared` is False for one that serves to choose weights alone: its test split is never scored.
+    """
 
     folder: str
     splits: dict[str, list[str]] | None = None
     prepare: str | None = None
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class Study:
     ablation_of: dict[str, list]
     runs: str
 
+    @property
+    def compared_folds(self) -> list[int]:
+        return [index for index, fold in enumerate(self.folds) if fold.compared]
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -136,7 +144,7 @@ class Data:
 
 
 def read_study(path: str | Path, steps: int | None = None) -> Study:
-    """Read a study file.
+    """Read a study file. With the key `base` it takes what it does not say from another one in the same folder.
 
     Args:
         steps: instead of the file's, for every student.
@@ -146,6 +154,9 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     """
     path = Path(path)
     content = _read_yaml(path)
+    if isinstance(content, dict) and "base" in content:  # all of another study file but for the keys that are here
+        base = _read_yaml(path.parent / content.pop("base"))
+        content = {**base, **content} if isinstance(base, dict) else base
     required = ("dataset", "steps", "pairs", "methods")
     _check_keys(content, path, required, ("seeds", "settings", "teachers", "tuning", "tuned_on", "ablations", "runs"))
     dataset = content["dataset"]

@@ -44,6 +44,20 @@ def sections(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     return [(f"{g[0]['dataset']}: {g[0]['pair']}, {g[0]['steps']} steps", g) for g in found.values()]
 
 
+def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
+    """(title, lines) of all pairs of a study with as many steps together, a pair's fold being one of its own.
+
+    Options that differ between pairs are left out; where a method ran with several for one pair, the last run counts.
+    """
+    last = {line["command"]: line for line in lines if line.get("pair")}
+    found = {}
+    for line in sorted(last.values(), key=lambda line: line["finished"]):
+        group = found.setdefault((line["study"], line["dataset"], line["steps"]), [])
+        group.append({**line, "fold": f"{line['pair']} {line['fold']}", "teacher": "all", "options": ""})
+    titles = {key: f"{key[1]}: all pairs, {key[2]} steps" for key in found}
+    return [(titles[key], group) for key, group in found.items() if len({line["pair"] for line in group}) > 1]
+
+
 def rows_of(lines: Sequence[dict]) -> list[dict]:
     """One row for each method with its options and its share of labels, the best mean first.
 
@@ -117,6 +131,8 @@ def markdown(lines: Sequence[dict]) -> str:
             f"Weights chosen on {', '.join(tuned) or 'no pair'}. Device: {'; '.join(devices)}. Code {code}. Settings: {settings}.",
             _table(rows_of(group)),
         ]
+    for title, group in pooled(lines):
+        parts += [f"## {title}", "Each run counts once, whatever its pair.", _table(rows_of(group))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,6 +144,10 @@ def collect(results: Path) -> None:
     (results / "compare.md.tmp").write_text(text, encoding="utf-8")
     os.replace(results / "compare.md.tmp", results / "compare.md")
     print(text)
+    for title, group in pooled(lines):
+        rows, one = rows_of(group), group[0]
+        if any(row["gain"] for row in rows):
+            gains_picture(rows, title, results / f"compare_{one['study']}_all_pairs_{one['steps']}_gains.png")
     names = []
     for title, group in sections(lines):
         rows = rows_of(group)

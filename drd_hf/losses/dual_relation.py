@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from drd_hf.errors import UserError
-from drd_hf.losses.base import DistillationLoss, add_projectors, layer_pairs
-from drd_hf.relations import RELATIONS, channel_relation_distance, resize_to, spatial_relation_distance
+from drd_hf.losses.base import DistillationLoss, FeatureLoss, add_projectors, layer_pairs
+from drd_hf.relations import (
+    RELATIONS,
+    channel_relation_distance,
+    relation_alignment_distance,
+    resize_to,
+    spatial_relation_distance,
+)
 
 
 class DualRelationLoss(DistillationLoss):
@@ -61,8 +67,6 @@ class DualRelationLoss(DistillationLoss):
             raise UserError(f"relation={relation!r} is not known, choose one of {', '.join(RELATIONS)}")
         if not temperature > 0:
             raise UserError(f"temperature={temperature} must be greater than 0")
-        if resize_relations_to is not None and resize_relations_to < 1:
-            raise UserError(f"resize_relations_to={resize_relations_to} must be at least 1, or None for no limit")
         for weight in (spatial_weight, channel_weight):
             if not 0 <= weight < math.inf:
                 raise UserError(f"relation weight {weight} must be a number, 0 or above")
@@ -77,7 +81,7 @@ class DualRelationLoss(DistillationLoss):
         }
         self.relation = relation
         self.temperature = temperature
-        self.resize_relations_to = resize_relations_to
+        self.resize_relations_to = _checked_limit(resize_relations_to)
         self.teacher_term = teacher_term
         self.projectors = nn.ModuleDict()
         if student_widths is not None and teacher_widths is not None:
@@ -95,7 +99,7 @@ class DualRelationLoss(DistillationLoss):
             zip(self.layers, self.layer_weights, strict=True)
         ):
             student = student_features[student_layer]
-            grid = self._grid(student)
+            grid = grid_within(*student.shape[-2:], self.resize_relations_to)
             student, teacher = resize_to(student, grid), resize_to(teacher_features[teacher_layer].detach(), grid)
             if "spatial_relation" in terms:
                 distance = spatial_relation_distance(
@@ -110,11 +114,50 @@ class DualRelationLoss(DistillationLoss):
                 terms["channel_relation"] = terms["channel_relation"] + share * distance
         return terms
 
-    def _grid(self, student: Tensor) -> tuple[int, int]:
-        height, width = student.shape[-2:]
-        limit = self.resize_relations_to
-        if limit is None or height * width <= limit**2:
-            return height, width
-        scale = limit / math.sqrt(height * width)
-        height = min(max(1, round(height * scale)), limit**2)
-        return height, max(1, min(round(width * scale), limit**2 // height))
+
+class RelationAlignmentLoss(FeatureLoss):
+    """Alignment of the relation maps of student and teacher, `drd_hf.relations.relation_alignment_distance`.
+
+    Dual Relation Distillation (arXiv 2506.20688) makes relation maps agree "by minimizing their distance". This form takes one
+    minus the cosine of the angle between them: features are centred in each image, positions of all images of a batch are related
+    to each other, and those where the features vary most count most. The same number says how far positions agree and how far
+    channels do. There is no projector, since widths need not be equal, and no scale to tune, since the distance lies between 0 and 1.
+    It is this project's own form; `DualRelationLoss` is the plain one. In a run on several GPUs each relates the images of its own batch.
+
+    Args:
+        layers: as in `DualRelationLoss`.
+        weight: of the mean over the layer pairs.
+        resize_relations_to: as in `DualRelationLoss`.
+
+    Shape:
+        features {layer: (B, C, H, W)} -> {"relation_alignment": scalar}
+
+    Example:
+        >>> import torch
+        >>> loss = RelationAlignmentLoss([("s", "t")])
+        >>> loss({"s": torch.randn(2, 8, 32, 32)}, {"t": torch.randn(2, 16, 32, 32)})["relation_alignment"].shape
+        torch.Size([])
+    """
+
+    def __init__(self, layers, weight: float = 2.0, resize_relations_to: int | None = 56, **widths):
+        super().__init__(layers, {"relation_alignment": weight}, **widths)
+        self.resize_relations_to = _checked_limit(resize_relations_to)
+
+    def compare(self, index, student, teacher, labels):
+        student = resize_to(student, grid_within(*student.shape[-2:], self.resize_relations_to))
+        return {"relation_alignment": relation_alignment_distance(student, teacher)}
+
+
+def grid_within(height: int, width: int, limit: int | None) -> tuple[int, int]:
+    """(height, width) shrunk in proportion to at most `limit` squared positions; unchanged without a limit."""
+    if limit is None or height * width <= limit**2:
+        return height, width
+    scale = limit / math.sqrt(height * width)
+    height = min(max(1, round(height * scale)), limit**2)
+    return height, max(1, min(round(width * scale), limit**2 // height))
+
+
+def _checked_limit(limit: int | None) -> int | None:
+    if limit is not None and limit < 1:
+        raise UserError(f"resize_relations_to={limit} must be at least 1, or None for no limit")
+    return limit

@@ -22,10 +22,11 @@ from drd_hf.losses import (
     IFVDLoss,
     MGDLoss,
     PixelLogitLoss,
+    RelationAlignmentLoss,
     SKDLoss,
     SPLoss,
 )
-from drd_hf.models import default_feature_layer
+from drd_hf.models import default_feature_layer, stage_pairs
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Method:
     build: Callable[..., DistillationLoss | None]
     weight: float  # the default; of a method with several terms it multiplies their own weights
     layers: int = 1  # number of layer pairs that it reads by default
+    stages: bool = False  # whether it also reads the stages of the encoders, with as much weight in all as the first pair
 
 
 def _dual_relation(args, layers, weight: float) -> DualRelationLoss:
@@ -50,6 +52,11 @@ def _dual_relation(args, layers, weight: float) -> DualRelationLoss:
 
 METHODS = {
     "drd": Method(_dual_relation, 1.0),
+    "drd_aligned": Method(
+        lambda args, layers, weight: RelationAlignmentLoss(layers, weight, args.resize_relations_to or None),
+        2.0,
+        stages=True,
+    ),
     "kd": Method(lambda args, layers, weight: PixelLogitLoss(weight, args.logit_temperature), 1.0, layers=0),
     "skd": Method(lambda args, layers, weight: SKDLoss(layers, weight), 10.0),
     "ifvd": Method(lambda args, layers, weight: IFVDLoss(layers, weight), 20.0),
@@ -108,20 +115,23 @@ def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel)
             raise UserError(
                 "method sp compares the images of a batch: give a per_device_train_batch_size of 2 or more"
             )
-        losses.append(method.build(args, _layers(args, method.layers, student, teacher), weight))
+        losses.append(method.build(args, _layers(args, method, student, teacher), weight))
     if args.logit_weight:
         losses.append(PixelLogitLoss(args.logit_weight, args.logit_temperature))
     return losses
 
 
-def _layers(args, count: int, student, teacher) -> list[tuple]:
+def _layers(args, method: Method, student, teacher) -> list[tuple]:
     """The layer pairs of the config, or by default the one before the classifier, after the encoder's end where two are read."""
-    if not count:
+    if not method.layers:
         return []
     if args.feature_layers:
         return [_layer_pair(text) for text in args.feature_layers]
     pairs = [(default_feature_layer(student), default_feature_layer(teacher))]
-    if count == 2 and None not in (ends := tuple(_end_of_encoder(model) for model in (student, teacher))):
+    if method.stages:
+        stages = [pair for pair in stage_pairs(student, teacher) if pair not in pairs]
+        return pairs + [(*pair, 1 / len(stages)) for pair in stages]
+    if method.layers == 2 and None not in (ends := tuple(_end_of_encoder(model) for model in (student, teacher))):
         pairs.insert(0, ends)
     return pairs
 

@@ -88,6 +88,7 @@ import torch.nn.functional as F
 from torch import library
 
 from drd_hf.errors import UserError
+from drd_hf.relations.alignment import alignment_distance
 from drd_hf.relations.attention import attention_distance, attention_route
 from drd_hf.relations.cosine import (
     channel_route,
@@ -106,6 +107,7 @@ __all__ = [
     "channel_relation_distance",
     "channel_relation_map",
     "cosine_route",
+    "relation_alignment_distance",
     "resize_to",
     "spatial_relation_distance",
     "spatial_relation_map",
@@ -221,6 +223,22 @@ def channel_relation_distance(
     if torch.compiler.is_compiling():
         return _channel_operator(student, teacher, projection, *settings)[0]
     return _ChannelDistance.apply(student, teacher, projection, *settings)
+
+
+def relation_alignment_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """One minus the alignment of the relation maps over a batch, without forming them; see `drd_hf.relations.alignment`.
+
+    Args:
+        student: (B, C_s, H, W); receives the gradient.
+        teacher: (B, C_t, H_t, W_t), of any width; no gradient flows to it. Resized to the student's grid as in
+            `spatial_relation_distance`.
+
+    Returns:
+        Scalar, float32 (float64 where both are float64): 0 where the relations of features centred in each image agree up to a
+        factor, 1 where they have nothing in common.
+    """
+    _check("cosine", 1.0, student, teacher)
+    return alignment_distance(student, resize_to(teacher.detach(), student.shape[-2:]))
 
 
 def resize_to(features: torch.Tensor, size) -> torch.Tensor:
