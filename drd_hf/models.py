@@ -102,7 +102,11 @@ def encoder_stages(model: PreTrainedModel) -> dict[int, str]:
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     modules = dict(model.named_modules())
-    bodies = ("model.pixel_level_module.encoder", model.base_model_prefix, "backbone")  # the first of universal segmenters
+    bodies = (
+        "model.pixel_level_module.encoder",
+        model.base_model_prefix,
+        "backbone",
+    )  # the first of universal segmenters
     body = next((name for name in bodies if name and name in modules), "")
     stages: dict[int, tuple[tuple, str]] = {}
     for run in layers_in_order(model)[0]:

@@ -129,7 +129,7 @@ class DistillationConfig(SegmentationConfig):
         default_factory=lambda: ["drd"],
         metadata={
             "help": f"What is distilled, one or more of {', '.join(METHODS)}, see drd_hf.losses. NAME=WEIGHT sets the weight of "
-            "a method, of one with several terms (drd, dsd, dist, afdcd) a factor on all their weights."
+            "a method, of one with several terms (drd, drd_aligned, dsd, dist, afdcd) a factor on all their weights."
         },
     )
     spatial_relation_weight: float = field(

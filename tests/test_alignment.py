@@ -1,4 +1,4 @@
-"""Alignment of relation maps against its definition, with the M x M maps formed."""
+"""Alignment of relations against its definition, with the M x M maps formed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from drd_hf.errors import UserError
 from drd_hf.models import encoder_stages, load_student, stage_pairs
-from drd_hf.relations import relation_alignment_distance
+from drd_hf.relations import channel_alignment_distance, spatial_alignment_distance
 
 from .conftest import tiny_encoder, tiny_model, tiny_universal
 
@@ -23,6 +23,18 @@ def plain_distance(student, teacher):
         maps.append(columns.T @ columns)
     own, other = maps
     return 1 - (own * other).sum() / (own.norm() * other.norm())
+
+
+def plain_channel_distance(student, teacher, projection=None):
+    if teacher.shape[-2:] != student.shape[-2:]:
+        teacher = torch.nn.functional.interpolate(teacher, student.shape[-2:], mode="bilinear", antialias=True)
+    if projection is not None:
+        student = torch.einsum("ij,bjhw->bihw", projection, student)
+    cosines = []
+    for channel in range(teacher.shape[1]):
+        y, z = (torch.cat([(i[channel] - i[channel].mean()).flatten() for i in f]) for f in (student, teacher))
+        cosines.append((y @ z) / (y.norm() * z.norm()))
+    return 1 - torch.stack(cosines).mean()
 
 
 def draw(seed, *shape, dtype=torch.float64):
@@ -42,26 +54,67 @@ sides = st.integers(1, 7)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), sides, sides, sides, sides, st.integers(0, 10**6))
 def test_value_and_gradient_are_those_of_the_definition(batch, c_s, c_t, height, width, height_t, width_t, seed):
     student, teacher = draw(seed, batch, c_s, height, width), draw(seed + 1, batch, c_t, height_t, width_t)
-    value, gradient = with_gradient(relation_alignment_distance, student, teacher)
+    value, gradient = with_gradient(spatial_alignment_distance, student, teacher)
     assert -1e-12 < value <= 1 + 1e-12
     expected, expected_gradient = with_gradient(plain_distance, student, teacher)
     if expected.isnan():  # a single position, or all alike
         assert value == 1 and not gradient.any()
         return
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-9 * expected_gradient.abs().max() + 1e-13)
+    torch.testing.assert_close(
+        gradient, expected_gradient, rtol=1e-8, atol=1e-9 * expected_gradient.abs().max() + 1e-13
+    )
 
 
-def test_gradient_passes_gradcheck():
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), sides, sides, sides, sides, st.integers(0, 10**6))
+def test_channels_are_correlated_as_the_definition_says(batch, c_s, c_t, height, width, height_t, width_t, seed):
+    student, teacher = draw(seed, batch, c_s, height, width), draw(seed + 1, batch, c_t, height_t, width_t)
+    weight = draw(seed + 2, c_t, c_s)
+    for projection in [weight] + [None] * (c_s == c_t):
+        inputs = [student, weight] if projection is not None else [student]
+        results = []
+        for distance in (channel_alignment_distance, plain_channel_distance):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            arguments = {"projection": leaves[1]} if projection is not None else {}
+            value = distance(leaves[0], teacher, **arguments)
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        if results[1][0].isnan():  # a single position, or all alike
+            assert results[0][0] == 1 and not any(gradient.any() for gradient in results[0][1:])
+            continue
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+
+
+def test_agreeing_channels_have_the_teachers_relations_to_all_others():
+    teacher = draw(0, 3, 4, 5, 4)
+    student = teacher * draw(1, 1, 4, 1, 1).abs() + draw(2, 3, 4, 1, 1)
+    torch.testing.assert_close(channel_alignment_distance(student, teacher), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(channel_alignment_distance(-student, teacher), 2 * torch.ones((), dtype=torch.float64))
+
+
+def test_a_channel_without_variation_counts_as_uncorrelated():
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    teacher[:, 1] = 1e4 / 3
+    value = channel_alignment_distance(student, teacher)
+    value.backward()
+    assert value.isfinite() and not student.grad[:, 1].any() and student.grad[:, ::2].any(0).any()
+
+
+def test_gradients_pass_gradcheck():
     student, teacher = draw(0, 2, 3, 4, 3).requires_grad_(), draw(1, 2, 5, 4, 3)
-    assert torch.autograd.gradcheck(lambda s: relation_alignment_distance(s, teacher), student)
+    assert torch.autograd.gradcheck(lambda s: spatial_alignment_distance(s, teacher), student)
+    weight = draw(2, 5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda s, w: channel_alignment_distance(s, teacher, projection=w), (student, weight)
+    )
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_float32_is_near_float64(mean, scale):
     student, teacher = draw(0, 4, 24, 16, 16) + mean, draw(1, 4, 16, 16, 16)
-    value, gradient = with_gradient(relation_alignment_distance, *(f.mul(scale).float() for f in (student, teacher)))
+    value, gradient = with_gradient(spatial_alignment_distance, *(f.mul(scale).float() for f in (student, teacher)))
     expected, expected_gradient = with_gradient(plain_distance, student * scale, teacher)
     tolerance = 1e-6 * max(1, mean)  # what is left of the digits after the mean is taken away
     assert value.dtype == torch.float32 and abs(value - expected) < tolerance
@@ -72,9 +125,9 @@ def test_turning_the_channels_scaling_and_an_offset_of_each_image_change_nothing
     student, teacher = draw(0, 3, 6, 5, 4), draw(1, 3, 4, 5, 4)
     turn, _ = torch.linalg.qr(draw(2, 6, 6))
     turned = torch.einsum("ij,bjhw->bihw", turn, student) * 7 + draw(3, 3, 6, 1, 1)
-    before, after = relation_alignment_distance(student, teacher), relation_alignment_distance(turned, teacher)
+    before, after = spatial_alignment_distance(student, teacher), spatial_alignment_distance(turned, teacher)
     torch.testing.assert_close(before, after)
-    torch.testing.assert_close(relation_alignment_distance(turned, student), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(spatial_alignment_distance(turned, student), torch.zeros((), dtype=torch.float64))
 
 
 def test_relations_reach_across_the_images_of_a_batch():
@@ -83,16 +136,16 @@ def test_relations_reach_across_the_images_of_a_batch():
     teacher[0, :2], teacher[1, 2:] = draw(0, 2, 2, 2), draw(1, 2, 2, 2)
     student = teacher[:, :2] + teacher[:, 2:]
     for image in (slice(0, 1), slice(1, 2)):
-        assert relation_alignment_distance(student[image], teacher[image]).abs() < 1e-12
-    assert relation_alignment_distance(student, teacher) > 0.05
+        assert spatial_alignment_distance(student[image], teacher[image]).abs() < 1e-12
+    assert spatial_alignment_distance(student, teacher) > 0.05
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.3, 1e4])
 def test_features_without_relations_have_distance_1_and_no_gradient(constant):
     student = torch.full((2, 3, 4, 4), constant)
-    value, gradient = with_gradient(relation_alignment_distance, student, torch.randn(2, 5, 4, 4))
+    value, gradient = with_gradient(spatial_alignment_distance, student, torch.randn(2, 5, 4, 4))
     assert value == 1 and not gradient.any()
-    value, gradient = with_gradient(relation_alignment_distance, torch.randn(2, 5, 4, 4), student)
+    value, gradient = with_gradient(spatial_alignment_distance, torch.randn(2, 5, 4, 4), student)
     assert value == 1 and not gradient.any()
 
 
@@ -100,7 +153,7 @@ def test_features_without_relations_have_distance_1_and_no_gradient(constant):
 def test_half_precision_is_widened_under_autocast(dtype):
     student, teacher = draw(0, 2, 16, 8, 8, dtype=dtype) * 100, draw(1, 2, 8, 8, 8, dtype=dtype) * 100
     with torch.autocast("cpu", torch.bfloat16):
-        value, gradient = with_gradient(relation_alignment_distance, student, teacher)
+        value, gradient = with_gradient(spatial_alignment_distance, student, teacher)
     assert value.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(value, plain_distance(student.float(), teacher.float()), rtol=1e-5, atol=1e-6)
 
@@ -108,14 +161,18 @@ def test_half_precision_is_widened_under_autocast(dtype):
 def test_features_that_are_not_finite_are_not_hidden():
     student = torch.randn(1, 3, 4, 4)
     student[0, 0, 0, 0] = float("nan")
-    assert relation_alignment_distance(student, torch.randn(1, 3, 4, 4)).isnan()
+    assert spatial_alignment_distance(student, torch.randn(1, 3, 4, 4)).isnan()
 
 
 def test_wrong_features_are_refused():
     with pytest.raises(UserError, match="differ in batch size"):
-        relation_alignment_distance(torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4))
+        spatial_alignment_distance(torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4))
     with pytest.raises(UserError, match="floating point"):
-        relation_alignment_distance(torch.randn(3, 4, 4), torch.randn(3, 4, 4))
+        spatial_alignment_distance(torch.randn(3, 4, 4), torch.randn(3, 4, 4))
+    with pytest.raises(UserError, match="need equal widths"):
+        channel_alignment_distance(torch.randn(1, 3, 4, 4), torch.randn(1, 4, 4, 4))
+    with pytest.raises(UserError, match="projection has shape"):
+        channel_alignment_distance(torch.randn(1, 3, 4, 4), torch.randn(1, 4, 4, 4), projection=torch.randn(3, 4))
 
 
 def test_stages_are_the_last_blocks_of_each_resolution():
@@ -128,7 +185,9 @@ def test_stages_are_the_last_blocks_of_each_resolution():
     }
     mobilenet = load_student(f"{folder}/mobilenet_v2_0.35.json", labels)  # dilated: nothing coarser than 16
     stages = encoder_stages(mobilenet)
-    assert {s: stages[s] for s in (8, 16)} == {8: "mobilenet_v2.layer.4", 16: "mobilenet_v2.layer.15"} and max(stages) == 16
+    assert {s: stages[s] for s in (8, 16)} == {8: "mobilenet_v2.layer.4", 16: "mobilenet_v2.layer.15"} and max(
+        stages
+    ) == 16
     # The coarsest of both belong together, whatever their strides; the others go by stride.
     assert stage_pairs(mobilenet, resnet) == [
         ("mobilenet_v2.layer.4", "backbone.encoder.stages.1"),

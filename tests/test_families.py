@@ -64,7 +64,7 @@ def assert_sound(logs):
     for entry in logs:
         assert all(math.isfinite(value) for value in entry.values())
         assert entry["task_loss"] > 0 and entry["spatial_relation"] > 0 and entry["channel_relation"] > 0
-        assert 0 < entry["relation_alignment"] <= 1 + 1e-6
+        assert 0 < entry["spatial_alignment"] <= 1 + 1e-6 and 0 < entry["channel_alignment"] < 2
 
 
 @pytest.mark.parametrize("family", families(SEGMENTERS))

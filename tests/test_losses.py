@@ -7,9 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drd_hf.errors import UserError
-from drd_hf.losses import DualRelationLoss, PixelLogitLoss, RelationAlignmentLoss, pixel_kl
+from drd_hf.losses import AlignedRelationLoss, DualRelationLoss, PixelLogitLoss, pixel_kl
 from drd_hf.losses.dual_relation import grid_within
-from drd_hf.relations import channel_relation_distance, relation_alignment_distance, spatial_relation_distance
+from drd_hf.relations import (
+    channel_alignment_distance,
+    channel_relation_distance,
+    spatial_alignment_distance,
+    spatial_relation_distance,
+)
 
 
 def features(channels, size=6, seed=0):
@@ -81,14 +86,28 @@ def test_the_grid_is_bounded_in_positions_and_keeps_its_proportions(limit, size,
     torch.testing.assert_close(terms["channel_relation"], channel_relation_distance(student, teacher))
 
 
-def test_alignment_is_the_mean_over_pairs_on_a_grid_within_the_limit():
-    student, teacher, fine = features(4), features(8, seed=1), features(4, size=20, seed=2)
-    loss = RelationAlignmentLoss([("s", "t", 1), ("fine", "t", 3)], weight=5.0, resize_relations_to=10)
-    terms = loss({"s": student, "fine": fine}, {"t": teacher})
+def test_aligned_relations_are_the_two_distances_and_more_layers_have_half_of_the_positions():
+    student, fine = features(4), features(4, size=20, seed=2)
+    teacher, other = features(8, seed=1), features(8, seed=3)
     shrunk = torch.nn.functional.interpolate(fine, size=(10, 10), mode="bilinear", antialias=True)
-    expected = relation_alignment_distance(student, teacher) / 4 + 3 * relation_alignment_distance(shrunk, teacher) / 4
-    torch.testing.assert_close(terms, {"relation_alignment": expected})
-    assert loss.weights == {"relation_alignment": 5.0} and not list(loss.parameters())
+    widths = {"student_widths": {"s": 4, "fine": 4}, "teacher_widths": {"t": 8, "u": 8}}
+    stages = [("fine", "t", 1), ("s", "u", 3)]
+    loss = AlignedRelationLoss([("s", "t")], stages, 5.0, 7.0, resize_relations_to=10, **widths)
+    terms = loss({"s": student, "fine": fine}, {"t": teacher, "u": other})
+    first, *more = (
+        spatial_alignment_distance(s, t) for s, t in ((student, teacher), (shrunk, teacher), (student, other))
+    )
+    weight = loss.projectors["0"].weight[:, :, 0, 0]
+    expected = {
+        "spatial_alignment": first / 2 + more[0] / 8 + more[1] * 3 / 8,
+        "channel_alignment": channel_alignment_distance(student, teacher, projection=weight),
+    }
+    torch.testing.assert_close(terms, expected)
+    assert loss.weights == {"spatial_alignment": 5.0, "channel_alignment": 7.0} and list(loss.projectors) == ["0"]
+    alone = AlignedRelationLoss([("s", "t")], channel_weight=0)({"s": student}, {"t": teacher})
+    torch.testing.assert_close(alone, {"spatial_alignment": first})
+    loss = AlignedRelationLoss([("s", "t")], stages, spatial_weight=0, **widths)
+    assert loss.student_layers == ("s",) and set(loss({"s": student}, {"t": teacher})) == {"channel_alignment"}
 
 
 def test_pairs_enter_the_mean_with_their_weights():
@@ -157,8 +176,9 @@ def test_logit_loss_resizes_the_teacher_and_refuses_other_classes():
         (lambda: DualRelationLoss([("a", "b")], spatial_weight=float("nan")), "relation weight nan"),
         (lambda: DualRelationLoss([("a", "b")], spatial_weight=0, channel_weight=0), "both relation weights are 0"),
         (lambda: DualRelationLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
-        (lambda: RelationAlignmentLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
-        (lambda: RelationAlignmentLoss([("a", "b")], weight=0), "must be a number above 0"),
+        (lambda: AlignedRelationLoss([("a", "b")], resize_relations_to=0), "at least 1, or None"),
+        (lambda: AlignedRelationLoss([("a", "b")], spatial_weight=-1), "relation weight -1"),
+        (lambda: AlignedRelationLoss([("a", "b")], [("a",)]), "give .student layer, teacher layer"),
         (lambda: PixelLogitLoss(temperature=0), "greater than 0"),
     ],
 )

@@ -19,7 +19,10 @@ TRAINED_NAME, ORIGINS_KEY = "trained.json", "origins"
 # Pictures of a card by their places in the folder of the model.
 CONFUSION_NAME, CURVES_NAME, COMPARISON_NAME = "figures/confusion.png", "figures/curves.png", "figures/examples.png"
 # Settings of a distillation that show that it is Dual Relation Distillation.
-DUAL_RELATION = ("spatial_relation weight", "channel_relation weight")
+DUAL_RELATION = (
+    *("spatial_relation weight", "channel_relation weight"),
+    *("spatial_alignment weight", "channel_alignment weight"),
+)
 REMEDY = "give the output folder of a finished train_teacher.py or distill.py"
 
 

@@ -16,7 +16,7 @@ from drd_hf.losses.cirkd import CIRKDLoss, cross_image_kl
 from drd_hf.losses.cwd import CWDLogitLoss, CWDLoss, channel_kl
 from drd_hf.losses.dist import DISTLoss, correlation_distances
 from drd_hf.losses.dsd import DSDLoss, category_similarity_distance, pixel_similarity_distance
-from drd_hf.losses.dual_relation import DualRelationLoss, RelationAlignmentLoss
+from drd_hf.losses.dual_relation import AlignedRelationLoss, DualRelationLoss
 from drd_hf.losses.fitnet import FitNetLoss, feature_distance
 from drd_hf.losses.ickd import ICKDLoss, channel_correlation_distance
 from drd_hf.losses.ifvd import IFVDLoss, intra_class_distance
@@ -28,6 +28,7 @@ from drd_hf.losses.sp import SPLoss, batch_similarity_distance
 __all__ = [
     "ATLoss",
     "AfDCDLoss",
+    "AlignedRelationLoss",
     "CIRKDLoss",
     "CWDLogitLoss",
     "CWDLoss",
@@ -41,7 +42,6 @@ __all__ = [
     "IFVDLoss",
     "MGDLoss",
     "PixelLogitLoss",
-    "RelationAlignmentLoss",
     "SKDLoss",
     "SPLoss",
     "attention_transfer_distance",

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from drd_hf.errors import UserError
-from drd_hf.losses.base import DistillationLoss, FeatureLoss, add_projectors, layer_pairs
+from drd_hf.losses.base import DistillationLoss, add_projectors, layer_pairs
 from drd_hf.relations import (
     RELATIONS,
+    channel_alignment_distance,
     channel_relation_distance,
-    relation_alignment_distance,
     resize_to,
+    spatial_alignment_distance,
     spatial_relation_distance,
 )
 
@@ -67,18 +68,9 @@ class DualRelationLoss(DistillationLoss):
             raise UserError(f"relation={relation!r} is not known, choose one of {', '.join(RELATIONS)}")
         if not temperature > 0:
             raise UserError(f"temperature={temperature} must be greater than 0")
-        for weight in (spatial_weight, channel_weight):
-            if not 0 <= weight < math.inf:
-                raise UserError(f"relation weight {weight} must be a number, 0 or above")
-        if spatial_weight == channel_weight == 0:
-            raise UserError("both relation weights are 0, nothing would be distilled: give one above 0")
         self.student_layers = tuple(s for s, _ in self.layers)
         self.teacher_layers = tuple(t for _, t in self.layers)
-        self.weights = {
-            term: weight
-            for term, weight in (("spatial_relation", spatial_weight), ("channel_relation", channel_weight))
-            if weight != 0
-        }
+        self.weights = _relation_weights(spatial_relation=spatial_weight, channel_relation=channel_weight)
         self.relation = relation
         self.temperature = temperature
         self.resize_relations_to = _checked_limit(resize_relations_to)
@@ -115,37 +107,92 @@ class DualRelationLoss(DistillationLoss):
         return terms
 
 
-class RelationAlignmentLoss(FeatureLoss):
-    """Alignment of the relation maps of student and teacher, `drd_hf.relations.relation_alignment_distance`.
+class AlignedRelationLoss(DistillationLoss):
+    """Dual Relation Distillation by alignment: relations are compared by cosines, over all images of a batch.
 
-    Dual Relation Distillation (arXiv 2506.20688) makes relation maps agree "by minimizing their distance". This form takes one
-    minus the cosine of the angle between them: features are centred in each image, positions of all images of a batch are related
-    to each other, and those where the features vary most count most. The same number says how far positions agree and how far
-    channels do. There is no projector, since widths need not be equal, and no scale to tune, since the distance lies between 0 and 1.
-    It is this project's own form; `DualRelationLoss` is the plain one. In a run on several GPUs each relates the images of its own batch.
+    `drd_hf.relations.spatial_alignment_distance` of the positions and `channel_alignment_distance` of the channels. Against
+    `DualRelationLoss`, the plain form, features are centred in each image, positions of different images are related too,
+    relations count the more the more the features vary there, and channels are related to those of the teacher instead of to each
+    other. Both distances lie between 0 and 1, whatever the models, so that their weights need no scale. The form is this project's own.
+
+    A projector to the teacher's width exists for the pairs in `layers` whose widths differ, unless the channel weight is 0; it
+    trains with the student and is dropped afterwards. On several GPUs each relates the images of its own batch.
 
     Args:
-        layers: as in `DualRelationLoss`.
-        weight: of the mean over the layer pairs.
-        resize_relations_to: as in `DualRelationLoss`.
+        layers: pairs whose positions and channels are compared, as in `DualRelationLoss`.
+        spatial_layers: more pairs whose positions alone are compared. In the mean they have as much weight in all as `layers`.
+        spatial_weight, channel_weight: weights of the two terms, each a mean over its pairs; a term of weight 0 is not computed.
+        resize_relations_to, student_widths, teacher_widths: as in `DualRelationLoss`.
 
     Shape:
-        features {layer: (B, C, H, W)} -> {"relation_alignment": scalar}
+        features {layer: (B, C, H, W)} -> {"spatial_alignment": scalar, "channel_alignment": scalar}
 
     Example:
         >>> import torch
-        >>> loss = RelationAlignmentLoss([("s", "t")])
-        >>> loss({"s": torch.randn(2, 8, 32, 32)}, {"t": torch.randn(2, 16, 32, 32)})["relation_alignment"].shape
-        torch.Size([])
+        >>> loss = AlignedRelationLoss([("s", "t")], student_widths={"s": 8}, teacher_widths={"t": 16})
+        >>> terms = loss({"s": torch.randn(2, 8, 32, 32)}, {"t": torch.randn(2, 16, 32, 32)})
+        >>> sorted(terms)
+        ['channel_alignment', 'spatial_alignment']
     """
 
-    def __init__(self, layers, weight: float = 2.0, resize_relations_to: int | None = 56, **widths):
-        super().__init__(layers, {"relation_alignment": weight}, **widths)
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, str] | tuple[str, str, float]],
+        spatial_layers: Sequence[tuple[str, str] | tuple[str, str, float]] = (),
+        spatial_weight: float = 2.0,
+        channel_weight: float = 5.0,
+        resize_relations_to: int | None = 56,
+        student_widths: dict[str, int] | None = None,
+        teacher_widths: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        self.layers, self.layer_weights = layer_pairs(layers, "AlignedRelationLoss")
+        more, shares = layer_pairs(spatial_layers, "AlignedRelationLoss") if spatial_layers else ([], [])
+        half = 0.5 if more else 1.0
+        self.pairs = [  # (pair, share in the spatial term, share in the channel term)
+            *((pair, half * share, share) for pair, share in zip(self.layers, self.layer_weights, strict=True)),
+            *((pair, half * share, 0.0) for pair, share in zip(more, shares, strict=True)),
+        ]
+        self.weights = _relation_weights(spatial_alignment=spatial_weight, channel_alignment=channel_weight)
+        if "spatial_alignment" not in self.weights:
+            self.pairs = self.pairs[: len(self.layers)]
+        self.student_layers = tuple(s for (s, _), *_ in self.pairs)
+        self.teacher_layers = tuple(t for (_, t), *_ in self.pairs)
         self.resize_relations_to = _checked_limit(resize_relations_to)
+        self.projectors = nn.ModuleDict()
+        if student_widths is not None and teacher_widths is not None:
+            self.prepare(student_widths, teacher_widths)
 
-    def compare(self, index, student, teacher, labels):
-        student = resize_to(student, grid_within(*student.shape[-2:], self.resize_relations_to))
-        return {"relation_alignment": relation_alignment_distance(student, teacher)}
+    def prepare(self, student_widths: dict[str, int], teacher_widths: dict[str, int]) -> None:
+        if "channel_alignment" in self.weights:
+            add_projectors(self.projectors, self.layers, student_widths, teacher_widths)
+
+    def forward(
+        self, student_features, teacher_features, student_logits=None, teacher_logits=None, labels=None
+    ) -> dict[str, Tensor]:
+        terms = dict.fromkeys(self.weights, 0.0)
+        for index, ((student_layer, teacher_layer), spatial, channel) in enumerate(self.pairs):
+            student = student_features[student_layer]
+            grid = grid_within(*student.shape[-2:], self.resize_relations_to)
+            student, teacher = resize_to(student, grid), resize_to(teacher_features[teacher_layer].detach(), grid)
+            if "spatial_alignment" in terms:
+                distance = spatial_alignment_distance(student, teacher)
+                terms["spatial_alignment"] = terms["spatial_alignment"] + spatial * distance
+            if "channel_alignment" in terms and channel:
+                weight = self.projectors[str(index)].weight[:, :, 0, 0] if str(index) in self.projectors else None
+                distance = channel_alignment_distance(student, teacher, projection=weight)
+                terms["channel_alignment"] = terms["channel_alignment"] + channel * distance
+        return terms
+
+
+def _relation_weights(**weights: float) -> dict[str, float]:
+    """Those of a spatial and a channel term that are not 0."""
+    for weight in weights.values():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"relation weight {weight} must be a number, 0 or above")
+    if not any(weights.values()):
+        raise UserError("both relation weights are 0, nothing would be distilled: give one above 0")
+    return {term: weight for term, weight in weights.items() if weight != 0}
 
 
 def grid_within(height: int, width: int, limit: int | None) -> tuple[int, int]:

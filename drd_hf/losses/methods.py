@@ -9,6 +9,7 @@ from drd_hf.errors import UserError, nearest
 from drd_hf.features import layers_in_order
 from drd_hf.losses import (
     AfDCDLoss,
+    AlignedRelationLoss,
     ATLoss,
     CIRKDLoss,
     CWDLogitLoss,
@@ -22,7 +23,6 @@ from drd_hf.losses import (
     IFVDLoss,
     MGDLoss,
     PixelLogitLoss,
-    RelationAlignmentLoss,
     SKDLoss,
     SPLoss,
 )
@@ -36,7 +36,7 @@ class Method:
     build: Callable[..., DistillationLoss | None]
     weight: float  # the default; of a method with several terms it multiplies their own weights
     layers: int = 1  # number of layer pairs that it reads by default
-    stages: bool = False  # whether it also reads the stages of the encoders, with as much weight in all as the first pair
+    stages: bool = False  # whether `build` also takes pairs of stages of the encoders
 
 
 def _dual_relation(args, layers, weight: float) -> DualRelationLoss:
@@ -50,13 +50,19 @@ def _dual_relation(args, layers, weight: float) -> DualRelationLoss:
     )
 
 
+def _aligned_relation(args, layers, weight: float, stages=()) -> AlignedRelationLoss:
+    return AlignedRelationLoss(
+        layers,
+        stages,
+        spatial_weight=2.0 * weight,
+        channel_weight=5.0 * weight,
+        resize_relations_to=args.resize_relations_to or None,
+    )
+
+
 METHODS = {
     "drd": Method(_dual_relation, 1.0),
-    "drd_aligned": Method(
-        lambda args, layers, weight: RelationAlignmentLoss(layers, weight, args.resize_relations_to or None),
-        2.0,
-        stages=True,
-    ),
+    "drd_aligned": Method(_aligned_relation, 1.0, stages=True),
     "kd": Method(lambda args, layers, weight: PixelLogitLoss(weight, args.logit_temperature), 1.0, layers=0),
     "skd": Method(lambda args, layers, weight: SKDLoss(layers, weight), 10.0),
     "ifvd": Method(lambda args, layers, weight: IFVDLoss(layers, weight), 20.0),
@@ -115,23 +121,23 @@ def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel)
             raise UserError(
                 "method sp compares the images of a batch: give a per_device_train_batch_size of 2 or more"
             )
-        losses.append(method.build(args, _layers(args, method, student, teacher), weight))
+        layers = _layers(args, method.layers, student, teacher)
+        # Layers that the user names take the place of all others.
+        stages = {"stages": stage_pairs(student, teacher)} if method.stages and not args.feature_layers else {}
+        losses.append(method.build(args, layers, weight, **stages))
     if args.logit_weight:
         losses.append(PixelLogitLoss(args.logit_weight, args.logit_temperature))
     return losses
 
 
-def _layers(args, method: Method, student, teacher) -> list[tuple]:
+def _layers(args, count: int, student, teacher) -> list[tuple]:
     """The layer pairs of the config, or by default the one before the classifier, after the encoder's end where two are read."""
-    if not method.layers:
+    if not count:
         return []
     if args.feature_layers:
         return [_layer_pair(text) for text in args.feature_layers]
     pairs = [(default_feature_layer(student), default_feature_layer(teacher))]
-    if method.stages:
-        stages = [pair for pair in stage_pairs(student, teacher) if pair not in pairs]
-        return pairs + [(*pair, 1 / len(stages)) for pair in stages]
-    if method.layers == 2 and None not in (ends := tuple(_end_of_encoder(model) for model in (student, teacher))):
+    if count == 2 and None not in (ends := tuple(_end_of_encoder(model) for model in (student, teacher))):
         pairs.insert(0, ends)
     return pairs
 

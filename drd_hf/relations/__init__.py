@@ -88,7 +88,7 @@ import torch.nn.functional as F
 from torch import library
 
 from drd_hf.errors import UserError
-from drd_hf.relations.alignment import alignment_distance
+from drd_hf.relations import alignment
 from drd_hf.relations.attention import attention_distance, attention_route
 from drd_hf.relations.cosine import (
     channel_route,
@@ -104,11 +104,12 @@ __all__ = [
     "RELATIONS",
     "ROUTES",
     "attention_route",
+    "channel_alignment_distance",
     "channel_relation_distance",
     "channel_relation_map",
     "cosine_route",
-    "relation_alignment_distance",
     "resize_to",
+    "spatial_alignment_distance",
     "spatial_relation_distance",
     "spatial_relation_map",
 ]
@@ -208,16 +209,7 @@ def channel_relation_distance(
             is no projection. `DualRelationLoss` makes one where widths differ.
     """
     _check(relation, temperature, student, teacher, route=route)
-    if projection is None and student.shape[1] != teacher.shape[1]:
-        raise UserError(
-            f"channel relations need equal widths, the student has {student.shape[1]} channels and the teacher "
-            f"{teacher.shape[1]}: project the student's features to the teacher's width first"
-        )
-    if projection is not None and projection.shape != (teacher.shape[1], student.shape[1]):
-        raise UserError(
-            f"projection has shape {tuple(projection.shape)}, from {student.shape[1]} to {teacher.shape[1]} channels "
-            f"it must be {(teacher.shape[1], student.shape[1])}"
-        )
+    _check_widths(student, teacher, projection)
     teacher = resize_to(teacher.detach(), student.shape[-2:])
     settings = (relation, float(temperature), route or "", _needs_grad(student, projection))
     if torch.compiler.is_compiling():
@@ -225,8 +217,8 @@ def channel_relation_distance(
     return _ChannelDistance.apply(student, teacher, projection, *settings)
 
 
-def relation_alignment_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """One minus the alignment of the relation maps over a batch, without forming them; see `drd_hf.relations.alignment`.
+def spatial_alignment_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """One minus the alignment of the relations between all positions of a batch, see `drd_hf.relations.alignment`.
 
     Args:
         student: (B, C_s, H, W); receives the gradient.
@@ -234,11 +226,31 @@ def relation_alignment_distance(student: torch.Tensor, teacher: torch.Tensor) ->
             `spatial_relation_distance`.
 
     Returns:
-        Scalar, float32 (float64 where both are float64): 0 where the relations of features centred in each image agree up to a
-        factor, 1 where they have nothing in common.
+        Scalar, float32 (float64 where both are float64): 0 where the relation maps of features centred in each image agree up
+        to a factor, 1 where they have nothing in common. No map is formed.
     """
     _check("cosine", 1.0, student, teacher)
-    return alignment_distance(student, resize_to(teacher.detach(), student.shape[-2:]))
+    return alignment.spatial_distance(student, resize_to(teacher.detach(), student.shape[-2:]))
+
+
+def channel_alignment_distance(
+    student: torch.Tensor, teacher: torch.Tensor, *, projection: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One minus the mean correlation of each channel with its counterpart, see `drd_hf.relations.alignment`.
+
+    Args:
+        student, teacher: as in `spatial_alignment_distance`.
+        projection: (C_t, C_s) weight of a 1x1 convolution of the student's features; receives a gradient as well.
+
+    Returns:
+        Scalar as in `spatial_alignment_distance`; 2 where every channel is the negative of its counterpart.
+
+    Raises:
+        UserError: the two have different numbers of channels, and there is no projection.
+    """
+    _check("cosine", 1.0, student, teacher)
+    _check_widths(student, teacher, projection)
+    return alignment.channel_distance(student, resize_to(teacher.detach(), student.shape[-2:]), projection)
 
 
 def resize_to(features: torch.Tensor, size) -> torch.Tensor:
@@ -307,6 +319,19 @@ def _channel(
         student.new_empty(0) if grad is None else grad.mul_(factor).reshape(student.shape),
         student.new_empty(0) if weight_grad is None else weight_grad.mul_(factor),
     )
+
+
+def _check_widths(student: torch.Tensor, teacher: torch.Tensor, projection: torch.Tensor | None) -> None:
+    if projection is None and student.shape[1] != teacher.shape[1]:
+        raise UserError(
+            f"channel relations need equal widths, the student has {student.shape[1]} channels and the teacher "
+            f"{teacher.shape[1]}: project the student's features to the teacher's width first"
+        )
+    if projection is not None and projection.shape != (teacher.shape[1], student.shape[1]):
+        raise UserError(
+            f"projection has shape {tuple(projection.shape)}, from {student.shape[1]} to {teacher.shape[1]} channels "
+            f"it must be {(teacher.shape[1], student.shape[1])}"
+        )
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
