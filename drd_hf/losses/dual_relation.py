@@ -140,7 +140,7 @@ class AlignedRelationLoss(DistillationLoss):
         layers: Sequence[tuple[str, str] | tuple[str, str, float]],
         spatial_layers: Sequence[tuple[str, str] | tuple[str, str, float]] = (),
         spatial_weight: float = 2.0,
-        channel_weight: float = 5.0,
+        channel_weight: float = 10.0,
         resize_relations_to: int | None = 56,
         student_widths: dict[str, int] | None = None,
         teacher_widths: dict[str, int] | None = None,

@@ -55,7 +55,7 @@ def _aligned_relation(args, layers, weight: float, stages=()) -> AlignedRelation
         layers,
         stages,
         spatial_weight=2.0 * weight,
-        channel_weight=5.0 * weight,
+        channel_weight=10.0 * weight,
         resize_relations_to=args.resize_relations_to or None,
     )
 
