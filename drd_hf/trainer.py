@@ -132,11 +132,17 @@ class DistillationConfig(SegmentationConfig):
             "a method, of one with several terms (drd, drd_aligned, dsd, dist, afdcd) a factor on all their weights."
         },
     )
-    spatial_relation_weight: float = field(
-        default=3.0, metadata={"help": "Weight of the distance between spatial relation maps; 0 leaves it out."}
+    spatial_relation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the distance between spatial relations; 0 leaves it out. Default: 3 of drd, 2 of drd_aligned."
+        },
     )
-    channel_relation_weight: float = field(
-        default=3.0, metadata={"help": "Weight of the distance between channel relation maps; 0 leaves it out."}
+    channel_relation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the distance between channel relations; 0 leaves it out. Default: 3 of drd, 10 of drd_aligned."
+        },
     )
     logit_weight: float = field(
         default=0.0,
@@ -202,7 +208,7 @@ class DistillationConfig(SegmentationConfig):
                 f"logit_weight={self.logit_weight} and method kd are the same loss: leave one of them out, kd=WEIGHT sets its weight"
             )
         for name in ("spatial_relation_weight", "channel_relation_weight", "logit_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be a number, 0 or above")
         if self.resize_relations_to is not None and self.resize_relations_to < 0:
             raise UserError(f"resize_relations_to={self.resize_relations_to} must not be negative")

@@ -44,8 +44,9 @@ from drd_hf.losses import (
     pixel_similarity_distance,
     summed_square_distance,
 )
-from drd_hf.losses.methods import METHODS, parse_methods
+from drd_hf.losses.methods import METHODS, losses_from_config, parse_methods
 from drd_hf.losses.mgd import random_mask
+from drd_hf.models import default_feature_layer, stage_pairs
 from drd_hf.trainer import DistillationConfig, DistillationTrainer
 
 from .conftest import RandomTiles, tiny_model
@@ -618,6 +619,35 @@ def test_wrong_methods_are_refused_in_one_line(given, message):
 def test_similarities_of_a_batch_of_one_image_are_refused(tmp_path):
     with pytest.raises(UserError, match="per_device_train_batch_size of 2 or more"):
         trainer_of(tmp_path, ["sp"], per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain", "aligned"),
+    [
+        ({}, (3, 3), (2, 10)),
+        ({"method": ["drd=0.5", "drd_aligned=2"]}, (1.5, 1.5), (4, 20)),
+        ({"spatial_relation_weight": 7}, (7, 3), (7, 10)),
+        ({"channel_relation_weight": 0}, (3, None), (2, None)),
+    ],
+)
+def test_relation_weights_have_a_default_for_each_form(given, plain, aligned):
+    args = DistillationConfig(output_dir="unused", **{"method": ["drd", "drd_aligned"], **given})
+    first, second = losses_from_config(args, tiny_model("segformer"), tiny_model("upernet"))
+    assert (first.weights.get("spatial_relation"), first.weights.get("channel_relation")) == plain
+    assert (second.weights.get("spatial_alignment"), second.weights.get("channel_alignment")) == aligned
+
+
+def test_aligned_relations_read_the_stages_unless_layers_are_named():
+    student, teacher = tiny_model("segformer"), tiny_model("upernet")
+    args = DistillationConfig(output_dir="unused", method=["drd_aligned"])
+    (loss,) = losses_from_config(args, student, teacher)
+    assert loss.layers == [(default_feature_layer(student), default_feature_layer(teacher))]
+    assert [pair for pair, _, channel in loss.pairs if not channel] == stage_pairs(student, teacher) != []
+    args.feature_layers = [f"{loss.layers[0][0]}={loss.layers[0][1]}"]
+    (named,) = losses_from_config(args, student, teacher)
+    assert len(named.pairs) == 1 and named.layers == loss.layers
+    args.spatial_relation_weight = args.channel_relation_weight = 0.0
+    assert losses_from_config(args, student, teacher) == []
 
 
 def test_kd_beside_a_logit_weight_is_refused():

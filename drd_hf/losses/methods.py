@@ -31,7 +31,7 @@ from drd_hf.models import default_feature_layer, stage_pairs
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is built: `build(args, layer pairs, weight)`, args being a `DistillationConfig`."""
+    """How a method is built: `build(args, layer pairs, weight)`, args being a `DistillationConfig`; None distils nothing."""
 
     build: Callable[..., DistillationLoss | None]
     weight: float  # the default; of a method with several terms it multiplies their own weights
@@ -39,25 +39,32 @@ class Method:
     stages: bool = False  # whether `build` also takes pairs of stages of the encoders
 
 
-def _dual_relation(args, layers, weight: float) -> DualRelationLoss:
-    return DualRelationLoss(
+def _dual_relation(args, layers, weight: float) -> DualRelationLoss | None:
+    weights = _relation_weights(args, weight, 3.0, 3.0)
+    return weights and DualRelationLoss(
         layers,
-        spatial_weight=weight * args.spatial_relation_weight,
-        channel_weight=weight * args.channel_relation_weight,
+        **weights,
         relation=args.relation,
         temperature=args.temperature,
         resize_relations_to=args.resize_relations_to or None,
     )
 
 
-def _aligned_relation(args, layers, weight: float, stages=()) -> AlignedRelationLoss:
-    return AlignedRelationLoss(
-        layers,
-        stages,
-        spatial_weight=2.0 * weight,
-        channel_weight=10.0 * weight,
-        resize_relations_to=args.resize_relations_to or None,
+def _aligned_relation(args, layers, weight: float, stages=()) -> AlignedRelationLoss | None:
+    weights = _relation_weights(args, weight, 2.0, 10.0)
+    return weights and AlignedRelationLoss(
+        layers, stages, **weights, resize_relations_to=args.resize_relations_to or None
     )
+
+
+def _relation_weights(args, factor: float, spatial: float, channel: float) -> dict[str, float] | None:
+    """Of the config, or else these; None where both are 0."""
+    if args.spatial_relation_weight is not None:
+        spatial = args.spatial_relation_weight
+    if args.channel_relation_weight is not None:
+        channel = args.channel_relation_weight
+    weights = {"spatial_weight": factor * spatial, "channel_weight": factor * channel}
+    return weights if any(weights.values()) else None
 
 
 METHODS = {
@@ -115,8 +122,6 @@ def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel)
     losses = []
     for name, weight in parse_methods(args.method).items():
         method = METHODS[name]
-        if name == "drd" and not (args.spatial_relation_weight or args.channel_relation_weight):
-            continue
         if name == "sp" and args.per_device_train_batch_size < 2:
             raise UserError(
                 "method sp compares the images of a batch: give a per_device_train_batch_size of 2 or more"
@@ -124,7 +129,8 @@ def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel)
         layers = _layers(args, method.layers, student, teacher)
         # Layers that the user names take the place of all others.
         stages = {"stages": stage_pairs(student, teacher)} if method.stages and not args.feature_layers else {}
-        losses.append(method.build(args, layers, weight, **stages))
+        loss = method.build(args, layers, weight, **stages)
+        losses += [] if loss is None else [loss]
     if args.logit_weight:
         losses.append(PixelLogitLoss(args.logit_weight, args.logit_temperature))
     return losses
