@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.study.lines import read_lines  # noqa: E402
+from benchmarks.study.tables import difference_text, pooled, rows_of, sections  # noqa: E402
+
 MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
 MARKER = re.compile(r"^<!-- (?:table: \S+|end) -->$", re.M)
 
@@ -252,7 +256,25 @@ def inference() -> str:
     )
 
 
+def compare(study: str = "dubai_published") -> str:
+    """Test mIoU of every method and pair of a study, and the gain over the student alone over all of them."""
+    lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
+    ((_, everything),) = pooled(lines)
+    found = {group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in sections(lines)}
+    rows = []
+    for row in rows_of(everything):
+        scores = []
+        for by_method in found.values():
+            one = by_method.get(row["method"])
+            spread = "" if not one or one["deviation"] is None else f" ± {100 * one['deviation']:.1f}"
+            scores.append(f"{100 * one['test']:.1f}{spread} ({one['runs']})" if one and one["test"] else "")
+        rows.append([f"`{row['method']}`", *scores, difference_text(row["gain"])])
+    names = [f"{pair.replace('_to_', ' → ')}" for pair in found]
+    return table(["method", *names, "gain over the student alone, all pairs"], rows)
+
+
 TABLES = {
+    "compare": compare,
     "demo": demo,
     "demo-seeds": demo_seeds,
     "dubai": dubai,

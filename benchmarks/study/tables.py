@@ -242,8 +242,8 @@ def _table(rows: Sequence[dict]) -> str:
             f"{row['runs']}" + f" ({row['diverged']} diverged)" * bool(row["diverged"]),
             _number(row["validation"], 100),
             _number(row["test"], 100) + ("" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"),
-            _difference(row["gain"]),
-            _difference(row["behind"]),
+            difference_text(row["gain"]),
+            difference_text(row["behind"]),
             _number(row["seconds"], digits=0),
             _number(row["milliseconds"], digits=0),
             _number(row["megabytes"], digits=0),
@@ -258,7 +258,8 @@ def _number(value: float | None, scale: float = 1, digits: int = 1) -> str:
     return "" if value is None else f"{value * scale:.{digits}f}"
 
 
-def _difference(difference: tuple | None) -> str:
+def difference_text(difference: tuple | None) -> str:
+    """A `paired_difference` in points of mIoU, with its interval and number of pairs."""
     if difference is None:
         return ""
     mean, lower, upper, n = difference
