@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import peers
 from benchmarks.report import RESULTS, write_report
 from drd_hf import DistillationConfig, DistillationTrainer, DualRelationLoss, FeatureHooks
-from drd_hf.losses import PixelLogitLoss
+from drd_hf.losses import AlignedRelationLoss, PixelLogitLoss
 from drd_hf.models import default_feature_layer
 
 CLASSES = 6
@@ -57,6 +57,13 @@ def losses(layers: tuple[str, str], widths: tuple[int, int], device: str) -> dic
         loss = DualRelationLoss([("s", "t")], **named, **options).to(device)
         return lambda f, z, y: sum(loss({"s": f[0]}, {"t": f[1]}).values())
 
+    aligned_loss = AlignedRelationLoss(
+        [("s", "t")], student_widths={"s": widths[0]}, teacher_widths={"t": widths[1]}
+    ).to(device)
+
+    def aligned(f, z, y):
+        return sum(aligned_loss({"s": f[0]}, {"t": f[1]}).values())
+
     def on_features(function):
         return lambda f, z, y: function(f[0], f[1].to(f[0].dtype), projection=projection.to(f[0].dtype), labels=y)
 
@@ -69,6 +76,7 @@ def losses(layers: tuple[str, str], widths: tuple[int, int], device: str) -> dic
         "DRD, spatial alone": relations(channel_weight=0),
         "DRD, channel alone": relations(spatial_weight=0),
         "DRD, attention": relations(relation="attention"),
+        "DRD, aligned, at one layer": aligned,
         "DRD, student's own grid": relations(resize_relations_to=None),
         "DRD, own grid, no teacher term": relations(resize_relations_to=None, teacher_term=False),
         "pixel KD (PixelLogitLoss)": lambda f, z, y: logit({}, {}, *z)["logit"],
@@ -168,6 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
             output_dir=folder,
+            method=["drd"],
             per_device_train_batch_size=batch,
             max_steps=rounds + 1,
             save_strategy="no",

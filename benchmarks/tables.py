@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.study.lines import read_lines  # noqa: E402
-from benchmarks.study.tables import difference_text, pooled, rows_of, sections  # noqa: E402
+from benchmarks.study.tables import OURS, difference_text, pooled, rows_of, sections  # noqa: E402
 
 MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
 MARKER = re.compile(r"^<!-- (?:table: \S+|end) -->$", re.M)
@@ -30,7 +30,7 @@ DUBAI = {  # method of dubai.json: how a reader calls it
 }
 CHOICE = {
     "none": "student alone",
-    "drd_3_3": "relation weights 3 and 3 (the default)",
+    "drd_3_3": "relation weights 3 and 3 (the default of `drd`)",
     "drd_10_10": "10 and 10",
     "drd_10_0": "10 and 0",
     "drd_10_10_after_relu": "10 and 10, after the ReLU",
@@ -196,7 +196,7 @@ def step_findings() -> str:
     models = sum(found["milliseconds"][name] for name in ("teacher, forward", "student, step"))
     return (
         f"In a training step of a SegFormer of B0's size under one of B2's on {found['size']} x {found['size']} pixels the "
-        f"default loss adds {share('DRD, default settings')} to the time of teacher and student "
+        f"plain form (`drd`) adds {share('DRD, default settings')} to the time of teacher and student "
         f"({found['milliseconds']['DRD, default settings']:.0f} ms on top of {models:.0f} ms, {found['threads']} CPU cores). "
         f"In the plain form of public code SKD pair-wise adds {share('SKD pair-wise')}, IFVD {share('IFVD')}, ICKD {share('ICKD')}, channel-wise distillation of "
         f"features {share('CWD, features')}, a logit loss {share('pixel KD (PixelLogitLoss)')}. On the student's own grid of "
@@ -256,25 +256,53 @@ def inference() -> str:
     )
 
 
-def compare(study: str = "dubai_published") -> str:
-    """Test mIoU of every method and pair of a study, and the gain over the student alone over all of them."""
+def compared(study: str = "dubai_published") -> tuple[list[dict], dict[str, dict]]:
+    """Rows of a study over all pairs, and {pair: {method: row}}."""
     lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
     ((_, everything),) = pooled(lines)
-    found = {group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in sections(lines)}
+    return rows_of(everything), {
+        group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in sections(lines)
+    }
+
+
+def compare() -> str:
+    """Test mIoU of every method and pair, and the gain over the student alone over all of them."""
+    everything, found = compared()
     rows = []
-    for row in rows_of(everything):
+    for row in sorted(everything, key=lambda row: -row["gain"][0] if row["gain"] else 0):
         scores = []
         for by_method in found.values():
             one = by_method.get(row["method"])
             spread = "" if not one or one["deviation"] is None else f" ± {100 * one['deviation']:.1f}"
             scores.append(f"{100 * one['test']:.1f}{spread} ({one['runs']})" if one and one["test"] else "")
         rows.append([f"`{row['method']}`", *scores, difference_text(row["gain"])])
-    names = [f"{pair.replace('_to_', ' → ')}" for pair in found]
-    return table(["method", *names, "gain over the student alone, all pairs"], rows)
+    return table(["method", *map(_arrow, found), "gain over the student alone, all pairs"], rows)
+
+
+def compare_findings() -> str:
+    everything, found = compared()
+    ours = next(row for row in everything if row["method"] == OURS)
+    of_pairs = [
+        f"{_arrow(pair)} {difference_text(rows[OURS]['gain'])}" for pair, rows in found.items() if OURS in rows
+    ]
+    leads = [
+        f"`{row['method']}` {difference_text(row['behind'])}"
+        for row in sorted(everything, key=lambda row: row["behind"] is not None and -row["behind"][0])
+        if row["behind"] is not None and row["method"] != "none"
+    ]
+    return (
+        f"- `{OURS}` changes the student by {difference_text(ours['gain'])} points of mIoU; {', '.join(of_pairs)}.\n"
+        f"- Its lead over the other methods, in runs of the same pair, fold and seed: {', '.join(leads)}."
+    )
+
+
+def _arrow(pair: str) -> str:
+    return pair.replace("_to_", " → ")
 
 
 TABLES = {
     "compare": compare,
+    "compare-findings": compare_findings,
     "demo": demo,
     "demo-seeds": demo_seeds,
     "dubai": dubai,

@@ -126,7 +126,7 @@ class DistillationConfig(SegmentationConfig):
     """What is distilled, and how strongly, beside all the arguments of `transformers.TrainingArguments`."""
 
     method: list[str] = field(
-        default_factory=lambda: ["drd"],
+        default_factory=lambda: ["drd_aligned"],
         metadata={
             "help": f"What is distilled, one or more of {', '.join(METHODS)}, see drd_hf.losses. NAME=WEIGHT sets the weight of "
             "a method, of one with several terms (drd, drd_aligned, dsd, dist, afdcd) a factor on all their weights."

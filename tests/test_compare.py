@@ -338,20 +338,24 @@ def test_all_methods_train_the_student_in_the_same_way():
     for method in study.methods.values():
         words = list(student_cell(study, pair, method, 1.0, 0, 0, ROOT).words)
         options.append(words[words.index("--dataset") : words.index("--seed") + 2])
-    assert len(options) == 16 and all(other == options[0] for other in options)
+    assert len(options) == 17 and all(other == options[0] for other in options)
 
 
-def test_the_folds_of_dubai_test_every_tile_but_that_of_validation_once():
+def test_what_is_chosen_for_dubai_is_chosen_on_tiles_that_no_fold_tests():
     study = read_study(ROOT / "benchmarks/study/dubai.yaml")
     layout = yaml.safe_load((ROOT / "../shared/data/aerial_dubai.yaml").read_text()) if SHARED.is_dir() else None
     own = {"train": [1, 2, 3, 5, 7], "validation": [4], "test": [6, 8]}  # of the layout file
     splits = [{split: [f"Tile {t}/*" for t in tiles] for split, tiles in own.items()}]
     assert layout is None or layout["splits"] == splits[0]
     splits += [fold.splits for fold in study.folds[1:]]
+    assert study.compared_folds == [0, 1, 2] and study.tuning["fold"] == 3
     for fold in splits:
         assert sorted(tile for tiles in fold.values() for tile in tiles) == [f"Tile {t}/*" for t in range(1, 9)]
-        assert fold["validation"] == ["Tile 4/*"]
-    assert sorted(t for fold in splits for t in fold["test"]) == [f"Tile {t}/*" for t in (1, 2, 3, 5, 6, 7, 8)]
+    *compared, tuning = splits
+    assert all(fold["validation"] == ["Tile 4/*"] for fold in compared)
+    tested = sorted(tile for fold in compared for tile in fold["test"])
+    assert tested == [f"Tile {t}/*" for t in (1, 2, 3, 6, 7, 8)]  # each once
+    assert tuning["validation"] == ["Tile 4/*", "Tile 5/*"]
 
 
 def test_a_teacher_sees_the_labels_of_its_student_and_the_student_alone_no_unlabelled_tiles(tiny):
@@ -416,14 +420,19 @@ def line(method, fold, seed, score, options="", labelled=1.0, **others):
 def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
     lines = [line("none", 0, seed, score) for seed, score in ((0, 0.2), (1, 0.4))]
     lines += [line("none_10", 0, seed, 0.1, labelled=0.1) for seed in (0, 1)]
-    lines += [line("drd", 0, 0, 0.9), line("drd", 0, 0, 0.3), line("drd", 0, 1, 0.5), line("drd", 0, 2, 0.4, code="d")]
+    lines += [
+        line("drd_aligned", 0, 0, 0.9),
+        line("drd_aligned", 0, 0, 0.3),
+        line("drd_aligned", 0, 1, 0.5),
+        line("drd_aligned", 0, 2, 0.4, code="d"),
+    ]
     lines += [line("drd_10", 0, seed, 0.15, labelled=0.1) for seed in (0, 1)]
     lines += [line("kd", 0, 0, 0.25, "a"), line("kd", 0, 1, None, "a", error="the loss is not finite")]
     ((title, group),) = sections([*lines, line("teacher", 0, 0, 0.8, pair=None)])
     assert title == "d: p, 9 steps"
     rows = {row["method"]: row for row in rows_of(group)}
-    assert list(rows) == ["drd", "none", "kd", "drd_10", "none_10"]
-    drd = rows["drd"]
+    assert list(rows) == ["drd_aligned", "none", "kd", "drd_10", "none_10"]
+    drd = rows["drd_aligned"]
     assert drd["runs"] == 3 and drd["test"] == pytest.approx(0.4)  # the repeated run counts once, as its last line
     assert drd["deviation"] == pytest.approx(0.1)
     assert drd["gain"][0] == pytest.approx(0.1) and drd["gain"][3] == 2
@@ -431,7 +440,7 @@ def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
     assert rows["none"]["gain"] is None and rows["none"]["behind"][0] == pytest.approx(0.1)
     assert (rows["kd"]["runs"], rows["kd"]["diverged"], rows["kd"]["behind"][3]) == (1, 1, 1)
     text = markdown(lines)
-    assert "| drd |  | 3 | 50.0 | 40.0 ± 10.0 | +10.0 [+10.0, +10.0] (n 2) |" in text
+    assert "| drd_aligned |  | 3 | 50.0 | 40.0 ± 10.0 | +10.0 [+10.0, +10.0] (n 2) |" in text
     assert "Code c (10 runs), d (1 runs)." in text
     assert "| kd | `a` | 1 (1 diverged) | 50.0 | 25.0 | +5.0 (n 1) | +5.0 (n 1) |" in text
 
@@ -446,13 +455,13 @@ def test_all_pairs_together_are_compared_within_each_pair():
     """A run of one pair is never set against the student alone of another one."""
     lines = [line("none", 0, 0, 0.2), line("none", 0, 0, 0.6, pair="q", teacher="u", command="none q")]
     assert pooled(lines[:1]) == []
-    lines += [line("drd", 0, 0, 0.3, "w1"), line("drd", 0, 0, 0.9, "w2", pair="q", teacher="u")]
-    lines += [line("drd", 0, 0, 0.4, "w3", finished="2026-02-01T00:00:00+00:00"), line("kd", 1, 0, 0.5)]
+    lines += [line("drd_aligned", 0, 0, 0.3, "w1"), line("drd_aligned", 0, 0, 0.9, "w2", pair="q", teacher="u")]
+    lines += [line("drd_aligned", 0, 0, 0.4, "w3", finished="2026-02-01T00:00:00+00:00"), line("kd", 1, 0, 0.5)]
     ((title, group),) = pooled(lines)
     assert title == "d: all pairs, 9 steps"
     rows = {row["method"]: row for row in rows_of(group)}
-    assert rows["drd"]["runs"] == 2 and rows["drd"]["test"] == pytest.approx(0.65)  # w3 ran after w1
-    assert rows["drd"]["gain"][0] == pytest.approx(0.25) and rows["drd"]["gain"][3] == 2
+    assert rows["drd_aligned"]["runs"] == 2 and rows["drd_aligned"]["test"] == pytest.approx(0.65)  # w3 ran after w1
+    assert rows["drd_aligned"]["gain"][0] == pytest.approx(0.25) and rows["drd_aligned"]["gain"][3] == 2
     assert rows["kd"]["gain"] is None and rows["kd"]["behind"] is None
     assert "## d: all pairs, 9 steps" in markdown(lines)
 
@@ -472,15 +481,18 @@ def test_a_study_takes_from_its_base_what_it_does_not_say(tiny, tmp_path):
 
 
 def test_methods_are_compared_with_the_options_of_drd_that_ran_last():
-    lines = [line("kd", 0, 0, 0.3, "kd"), line("drd", 0, 0, 0.9, "new", finished="2026-03-01T00:00:00+00:00")]
-    lines += [line("drd", 0, 0, 0.5, "old", finished="2026-02-01T00:00:00+00:00")]
+    lines = [line("kd", 0, 0, 0.3, "kd"), line("drd_aligned", 0, 0, 0.9, "new", finished="2026-03-01T00:00:00+00:00")]
+    lines += [line("drd_aligned", 0, 0, 0.5, "old", finished="2026-02-01T00:00:00+00:00")]
     behind = {row["options"]: row["behind"] for row in rows_of(lines)}
     assert behind["kd"][0] == pytest.approx(0.6) and behind["new"] is behind["old"] is None
 
 
 def test_a_run_that_was_repeated_with_another_command_counts_once():
     """With a teacher that was trained anew: its students are other commands, and the old ones stayed in the means."""
-    lines = [line("drd", 0, 0, 0.2, command="old", seconds=10.0), line("drd", 0, 0, 0.4, command="new", seconds=30.0)]
+    lines = [
+        line("drd_aligned", 0, 0, 0.2, command="old", seconds=10.0),
+        line("drd_aligned", 0, 0, 0.4, command="new", seconds=30.0),
+    ]
     (row,) = rows_of(lines)
     assert (row["runs"], row["test"], row["seconds"]) == (1, 0.4, 30.0)
 
@@ -490,12 +502,12 @@ def test_tables_and_plots_of_few_finished_runs_are_made(tmp_path):
     lines = [line("kd", 0, 0, None, "kd", error="not finite"), line("kd", 1, 0, 0.3, "kd")]
     lines[0].pop("test_iou_road")
     for n in range(3):
-        lines += [line("none", 0, 0, 0.2), line("drd", 1, 0, 0.4)][n - 1 : n]
+        lines += [line("none", 0, 0, 0.2), line("drd_aligned", 1, 0, 0.4)][n - 1 : n]
         (tmp_path / "compare.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
         collect(tmp_path)
     text = (tmp_path / "compare.md").read_text()
     assert "| kd | `kd` | 1 (1 diverged) | 50.0 | 30.0 |  | +10.0 (n 1) |" in text
-    assert "| drd |  | 1 | 50.0 | 40.0 |  |  |" in text  # the student alone has no run of this fold
+    assert "| drd_aligned |  | 1 | 50.0 | 40.0 |  |  |" in text  # the student alone has no run of this fold
     assert len(list(tmp_path.glob("*_classes.png"))) == 1 and not list(tmp_path.glob("*_gains.png"))
 
 

@@ -658,7 +658,7 @@ def test_kd_beside_a_logit_weight_is_refused():
 def test_methods_come_from_the_command_line_and_from_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("method: [drd, cwd=5]\n")
     for words, expected in [
-        ([], ["drd"]),
+        ([], ["drd_aligned"]),
         (["--method", "drd", "kd"], ["drd", "kd"]),
         (["--config", str(tmp_path / "c.yaml")], ["drd", "cwd=5"]),
         (["--config", str(tmp_path / "c.yaml"), "--method", "cwd_logits=3"], ["cwd_logits=3"]),

@@ -19,6 +19,7 @@ from .conftest import LABELS, RandomTiles, tiny_model
 def config(tmp_path, **changes):
     settings = {
         "output_dir": str(tmp_path / "run"),
+        "method": ["drd"],
         "max_steps": 2,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,

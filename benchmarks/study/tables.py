@@ -15,7 +15,7 @@ from benchmarks.study.lines import read_lines
 from drd_hf.plots import bars_picture
 
 CONFIDENCE = 0.95
-OURS = "drd"  # the method that the others are set against
+OURS = "drd_aligned"  # the method that the others are set against, the default of distill.py
 PAPER, INK, GRID, WORSE, BETTER = "white", (30, 30, 30), (225, 225, 225), (178, 24, 43), (8, 69, 148)
 
 
@@ -61,7 +61,7 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 def rows_of(lines: Sequence[dict]) -> list[dict]:
     """One row for each method with its options and its share of labels, the best mean first.
 
-    A row has one line for each fold and seed, the last one. Where `drd` or the student alone is there with several options,
+    A row has one line for each fold and seed, the last one. Where ours or the student alone is there with several options,
     because other weights were chosen since, the others are compared with the options that ran last.
     """
     groups = {}
@@ -103,7 +103,7 @@ def markdown(lines: Sequence[dict]) -> str:
     parts = [
         "# Comparison of distillation methods",
         "Written by `python benchmarks/compare.py STUDY.yaml --stage collect` from compare.jsonl. Test mIoU in percent, "
-        "mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `drd` over a method are "
+        "mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `drd_aligned` over a method are "
         "mean differences of the n pairs of runs with the same fold and seed that are finished, with their 95 % t interval; runs of one fold share their "
         "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation. "
         "Seconds are those of the training; other work on the machine lengthens them. Memory is the peak of the process with "
@@ -198,11 +198,11 @@ def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
 
 
 def classes_picture(lines: Sequence[dict], rows: Sequence[dict], title: str, path: Path) -> None:
-    """IoU of each class: the student alone, `drd`, and the best of the other methods with all labels."""
+    """IoU of each class: the student alone, ours, and the best of the other methods with all labels."""
     whole = [row for row in rows if row["labelled"] == 1 and row["test"] is not None]
     alone = [row for row in whole if row["gain"] is None and row["teacher"] is None][:1]
     ours = [row for row in whole if row["method"] == OURS][:1]
-    others = [row for row in whole if row not in alone and not row["method"].startswith(OURS)][:1]
+    others = [row for row in whole if row not in alone and not row["method"].startswith("drd")][:1]
     shown = {}
     for row in (*alone, *ours, *others):
         group = [line for line in lines if all(line[key] == row[key] for key in ("method", "options", "labelled"))]
@@ -233,7 +233,7 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def _table(rows: Sequence[dict]) -> str:
-    head = ("method", "options", "runs", "val mIoU", "test mIoU", "gain over alone", "lead of drd", "s a run",
+    head = ("method", "options", "runs", "val mIoU", "test mIoU", "gain over alone", "lead of ours", "s a run",
             "ms a step", "MB")  # fmt: skip
     body = [
         (
