@@ -257,43 +257,41 @@ def inference() -> str:
 
 
 def compared(study: str = "dubai_published") -> tuple[list[dict], dict[str, dict]]:
-    """Rows of a study over all pairs, and {pair: {method: row}}."""
+    """Rows of a study over all pairs, and {pair: {method: row}}; of several numbers of steps, those with the most runs."""
     lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
-    ((_, everything),) = pooled(lines)
+    _, everything = max(pooled(lines), key=lambda found: len(found[1]))
+    of_pairs = sections([line for line in lines if line["steps"] == everything[0]["steps"]])
     return rows_of(everything), {
-        group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in sections(lines)
+        group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in of_pairs
     }
 
 
 def compare() -> str:
-    """Test mIoU of every method and pair, and the gain over the student alone over all of them."""
+    """Gain of every method over the student alone, for each pair and over all, and how far ours is ahead of it.
+
+    All are differences of runs with the same pair, fold and seed: methods have run on different ones.
+    """
+    everything, found = compared()
+
+    def behind(row: dict) -> float:
+        return row["behind"][0] if row["behind"] else 0.0
+
+    rows = []
+    for row in sorted((row for row in everything if row["gain"]), key=behind):
+        gains = [rows[row["method"]]["gain"] if row["method"] in rows else None for rows in found.values()]
+        rows.append([f"`{row['method']}`", *map(difference_text, [*gains, row["gain"], row["behind"]])])
+    return table(["method", *(f"gain, {_arrow(pair)}" for pair in found), "gain, both", f"lead of `{OURS}`"], rows)
+
+
+def compare_scores() -> str:
+    """Mean scores of the student alone and ours, for each pair, over the same runs of both."""
     everything, found = compared()
     rows = []
-    for row in sorted(everything, key=lambda row: -row["gain"][0] if row["gain"] else 0):
-        scores = []
-        for by_method in found.values():
-            one = by_method.get(row["method"])
-            spread = "" if not one or one["deviation"] is None else f" ± {100 * one['deviation']:.1f}"
-            scores.append(f"{100 * one['test']:.1f}{spread} ({one['runs']})" if one and one["test"] else "")
-        rows.append([f"`{row['method']}`", *scores, difference_text(row["gain"])])
-    return table(["method", *map(_arrow, found), "gain over the student alone, all pairs"], rows)
-
-
-def compare_findings() -> str:
-    everything, found = compared()
-    ours = next(row for row in everything if row["method"] == OURS)
-    of_pairs = [
-        f"{_arrow(pair)} {difference_text(rows[OURS]['gain'])}" for pair, rows in found.items() if OURS in rows
-    ]
-    leads = [
-        f"`{row['method']}` {difference_text(row['behind'])}"
-        for row in sorted(everything, key=lambda row: row["behind"] is not None and -row["behind"][0])
-        if row["behind"] is not None and row["method"] != "none"
-    ]
-    return (
-        f"- `{OURS}` changes the student by {difference_text(ours['gain'])} points of mIoU; {', '.join(of_pairs)}.\n"
-        f"- Its lead over the other methods, in runs of the same pair, fold and seed: {', '.join(leads)}."
-    )
+    for pair, methods in found.items():
+        alone, ours = methods["none"], methods[OURS]
+        difference = ours["gain"]
+        rows.append([_arrow(pair), f"{100 * alone['test']:.1f}", f"{100 * ours['test']:.1f}", difference[3]])
+    return table(["test mIoU in percent", "student alone", f"`{OURS}`", "runs"], rows)
 
 
 def _arrow(pair: str) -> str:
@@ -302,7 +300,7 @@ def _arrow(pair: str) -> str:
 
 TABLES = {
     "compare": compare,
-    "compare-findings": compare_findings,
+    "compare-scores": compare_scores,
     "demo": demo,
     "demo-seeds": demo_seeds,
     "dubai": dubai,

@@ -8,6 +8,7 @@ _EXPORTS = {
     "spatial_relation_distance": "relations",
     "channel_relation_distance": "relations",
     "DistillationLoss": "losses",
+    "AlignedRelationLoss": "losses",
     "DualRelationLoss": "losses",
     "PixelLogitLoss": "losses",
     "FeatureHooks": "features",

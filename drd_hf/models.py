@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.data.splits import SegmentationInfo
 from drd_hf.errors import UserError
-from drd_hf.features import FeatureHooks, input_channels, layers_in_order
+from drd_hf.features import input_channels, layers_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -102,20 +103,17 @@ def encoder_stages(model: PreTrainedModel) -> dict[int, str]:
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     modules = dict(model.named_modules())
-    bodies = (
-        "model.pixel_level_module.encoder",
-        model.base_model_prefix,
-        "backbone",
-    )  # the first of universal segmenters
+    # The first is that of universal segmenters, the last two those of encoders by themselves and of EoMT.
+    bodies = ("model.pixel_level_module.encoder", model.base_model_prefix, "backbone", "encoder", "layers")
     body = next((name for name in bodies if name and name in modules), "")
     stages: dict[int, tuple[tuple, str]] = {}
     for run in layers_in_order(model)[0]:
         if not run.width or not run.name.startswith(f"{body}." if body else "") or _is_aside(run):
             continue
-        try:
-            FeatureHooks(model, [run.name]).remove()
-        except UserError:  # tokens in no order of places
+        if re.search(r"attention|attn|position_bias|rel_pos", run.name):  # tables, and parts of a block
             continue
+        if model.config.model_type == "hiera" and "stages." in run.name:
+            continue  # tokens in an order of their own until the end of the encoder
         rank = (not run.name.rpartition(".")[2].isdigit(), run.name.count("."))
         if run.stride not in stages or rank <= stages[run.stride][0]:
             stages[run.stride] = rank, run.name
@@ -123,7 +121,7 @@ def encoder_stages(model: PreTrainedModel) -> dict[int, str]:
 
 
 def stage_pairs(student: PreTrainedModel, teacher: PreTrainedModel, least: int = 8) -> list[tuple[str, str]]:
-    """Pairs of encoder stages: the coarsest of both models, and those of equal stride from `least` pixels on, finest first."""
+    """Pairs of encoder stages: the coarsest of both models, and below these those of equal stride from `least` pixels on."""
     of_student, of_teacher = (encoder_stages(model) for model in (student, teacher))
     if not of_student or not of_teacher:
         return []

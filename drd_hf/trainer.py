@@ -164,14 +164,14 @@ class DistillationConfig(SegmentationConfig):
         metadata={
             "help": "Layers whose features are compared, one or more STUDENT_LAYER=TEACHER_LAYER (a single name "
             "means the same layer in both), with :WEIGHT behind it for another share in the mean than the 1 of the others. "
-            "Default: the layer before the classifier of each model; dsd reads the end of the encoder too."
+            "Default: the layer before the classifier of each model; drd_aligned reads the stages of the encoders too, dsd their end."
         },
     )
     resize_relations_to: int | None = field(
         default=56,
         metadata={
             "help": "Side of the square grid with as many positions as relations are compared on at most: larger feature maps "
-            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions. Of drd, and of "
+            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions. Of drd, drd_aligned, and "
             "cirkd, which pools the maps by a whole number."
         },
     )
@@ -400,6 +400,11 @@ class SegmentationTrainer(Trainer):
         if not file.is_file():
             return
         before, now = json.loads(file.read_text()), self._settings()
+        for settings in (before, now):  # older checkpoints name the defaults of the plain form
+            if not any(method.startswith("drd_aligned") for method in settings.get("method", ())):
+                for name in ("spatial_relation_weight", "channel_relation_weight"):
+                    if settings.get(name, 0) is None:
+                        settings[name] = 3.0
         for name in now:
             if name in before and before[name] != now[name]:
                 raise UserError(
@@ -872,8 +877,8 @@ class _DistillationStep(nn.Module):
         student_features = self.hooks.pop()
         if torch.is_grad_enabled() and not all(f.requires_grad for f in student_features.values()):
             raise UserError(
-                "a student feature layer carries no gradient: set use_reentrant to false in "
-                "gradient_checkpointing_kwargs, or choose a layer outside the checkpointed blocks"
+                "a student feature layer carries no gradient: with gradient checkpointing set use_reentrant to false in "
+                "gradient_checkpointing_kwargs; where the weights before it are frozen, name other layers with feature_layers"
             )
         terms = {"task_loss": task_loss}
         for loss in self.losses:

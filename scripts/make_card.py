@@ -108,7 +108,7 @@ def origins_of_older_run(args: CardArguments, run: dict, models: dict) -> Origin
     distillation = kept.get("distillation")
     if not kept and args.teacher and "teacher" in settings:  # the losses follow from the options and the models
         known = {name: value for name, value in settings.items() if name in DistillationConfig.__dataclass_fields__}
-        config = DistillationConfig(output_dir="unused", **known)
+        config = DistillationConfig(output_dir="unused", **{"method": ["drd"], **known})  # the default of that time
         distillation = distillation_settings(
             losses_from_config(config, models["model"].model, models["teacher"].model)
         )

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
         help="Pixel of what --box and --scale leave, as the picture names it; several times for several. Default: one in "
         "each of the three classes that the teacher predicts most.",
     )  # fmt: skip
-    add("--layers", metavar="STUDENT=TEACHER", help="Feature layers. Default: those that are distilled by default.")
+    add("--layers", metavar="STUDENT=TEACHER", help="Feature layers. Default: the ones before the classifiers.")
     add("--bands", type=int, nargs="+", help="Numbers of the bands that the student reads, from 1. Default: all.")
     add("--teacher_bands", type=int, nargs="+", help="The same of the teacher. Default: those of the student.")
     add("--relation", choices=RELATIONS, default="cosine", help="Default: cosine.")

@@ -9,7 +9,7 @@ from drd_hf.errors import UserError
 from drd_hf.models import encoder_stages, load_student, stage_pairs
 from drd_hf.relations import channel_alignment_distance, spatial_alignment_distance
 
-from .conftest import tiny_encoder, tiny_model, tiny_universal
+from .conftest import SEGMENTERS, UNIVERSAL, known, tiny_encoder, tiny_model, tiny_universal
 
 
 def plain_distance(student, teacher):
@@ -158,10 +158,12 @@ def test_half_precision_is_widened_under_autocast(dtype):
     torch.testing.assert_close(value, plain_distance(student.float(), teacher.float()), rtol=1e-5, atol=1e-6)
 
 
-def test_features_that_are_not_finite_are_not_hidden():
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])  # the square of the last is beyond float32
+@pytest.mark.parametrize("distance", [spatial_alignment_distance, channel_alignment_distance])
+def test_features_that_are_not_finite_are_not_hidden(distance, value):
     student = torch.randn(1, 3, 4, 4)
-    student[0, 0, 0, 0] = float("nan")
-    assert spatial_alignment_distance(student, torch.randn(1, 3, 4, 4)).isnan()
+    student[0, 0, 0, 0] = value
+    assert distance(student, torch.randn(1, 3, 4, 4)).isnan()
 
 
 def test_wrong_features_are_refused():
@@ -200,6 +202,21 @@ def test_a_teacher_of_one_resolution_gives_one_pair():
     assert len(pairs) == 1 and "3" in pairs[0][0]
 
 
-def test_stages_of_a_universal_segmenter_are_those_of_its_encoder():
-    stages = encoder_stages(tiny_universal("mask2former"))
-    assert stages and all("decoder" not in name for name in stages.values())
+def test_hiera_has_no_stages_before_its_end_where_tokens_lie_in_order():
+    assert not any("stages." in name for name in encoder_stages(tiny_encoder("hiera")).values())
+
+
+@pytest.mark.parametrize("family", [name for name in UNIVERSAL if known(name) and name != "oneformer"])
+def test_stages_of_a_universal_segmenter_are_those_of_its_encoder(
+    family,
+):  # OneFormer runs as load_teacher prepares it
+    stages = encoder_stages(tiny_universal(family))
+    start = "layers." if "eomt" in family else "model.pixel_level_module.encoder."
+    assert stages and all(name.startswith(start) for name in stages.values())
+
+
+@pytest.mark.parametrize("family", [name for name in SEGMENTERS if known(name)])
+def test_stages_are_of_the_encoder_in_every_family(family):
+    stages = encoder_stages(tiny_model(family))
+    assert stages and list(stages) == sorted(stages) and all(stride & (stride - 1) == 0 for stride in stages)
+    assert not any(word in name for name in stages.values() for word in ("head", "classifier", "bias", "attention"))

@@ -261,6 +261,20 @@ def test_resuming_with_other_options_is_refused(tmp_path, change):
     distiller(tmp_path, max_steps=4).train(resume_from_checkpoint=True)  # more steps of the same are no other options
 
 
+@pytest.mark.parametrize(("method", "accepted"), [(["kd"], True), (["drd"], True), (["drd_aligned"], False)])
+def test_older_checkpoints_name_the_relation_weights_that_are_defaults_now(tmp_path, method, accepted):
+    distiller(tmp_path, max_steps=1, method=method).train()
+    file = tmp_path / "checkpoint-1" / "run_settings.json"
+    kept = json.loads(file.read_text()) | {"spatial_relation_weight": 3.0, "channel_relation_weight": 3.0}
+    file.write_text(json.dumps(kept))
+    trainer = distiller(tmp_path, max_steps=2, method=method)
+    if accepted:
+        trainer.require_same_settings(file.parent)
+    else:
+        with pytest.raises(UserError, match="trained with spatial_relation_weight=3.0"):
+            trainer.require_same_settings(file.parent)
+
+
 def test_checkpoints_after_the_one_that_is_resumed_do_not_count_as_newest(tmp_path, caplog):
     distiller(tmp_path, max_steps=4).train()
     with caplog.at_level(logging.WARNING):

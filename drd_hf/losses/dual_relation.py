@@ -113,10 +113,11 @@ class AlignedRelationLoss(DistillationLoss):
     `drd_hf.relations.spatial_alignment_distance` of the positions and `channel_alignment_distance` of the channels. Against
     `DualRelationLoss`, the plain form, features are centred in each image, positions of different images are related too,
     relations count the more the more the features vary there, and channels are related to those of the teacher instead of to each
-    other. Both distances lie between 0 and 1, whatever the models, so that their weights need no scale. The form is this project's own.
+    other. Both distances are one minus a cosine, whatever the scale of the features. The form is this project's own.
 
     A projector to the teacher's width exists for the pairs in `layers` whose widths differ, unless the channel weight is 0; it
-    trains with the student and is dropped afterwards. On several GPUs each relates the images of its own batch.
+    trains with the student and is dropped afterwards. Related are the images of one forward pass: not those of other GPUs, nor of other
+    batches that are accumulated.
 
     Args:
         layers: pairs whose positions and channels are compared, as in `DualRelationLoss`.

@@ -2,7 +2,8 @@
 
 X (C_s x M) and Z (C_t x M) are the features of student and teacher at all positions of all images of a batch, M = B N,
 each channel less its mean over the positions of the image. Centring each image by itself leaves out what is common to its
-positions, such as its exposure. Both distances are one minus a cosine: 0 where the models agree, 1 where they have nothing in common.
+positions, such as its exposure. Both distances are one minus a cosine: 0 where the models agree, 1 where they have nothing in
+common; that of the channels reaches 2 where they are each other's negative.
 
 Spatial
 -------
@@ -30,7 +31,8 @@ correlations over all positions. The student agrees where each of its channels c
 Then its correlations with all other channels of the teacher are the teacher's own. For features of one image this is the
 distance of Cao et al., "PKD", NeurIPS 2022, up to a factor. Cost is ``M C_s C_t`` multiplications forward, twice that backward.
 
-Numbers that nearly cancel are not subtracted, but for the one minus at the end: its error is that of the products.
+After the means are taken away no numbers are subtracted that nearly cancel, but for the one minus at the end: its error is that
+of the products. They follow the user's choice of TF32, which the exact identity of the plain form could not.
 """
 
 import torch
@@ -63,7 +65,7 @@ def channel_distance(student: Tensor, teacher: Tensor, projection: Tensor | None
         y, z = _centred(student, dtype), _centred(teacher.detach(), dtype)
         if projection is not None:
             weight = projection.to(dtype)
-            y = weight @ y[0], weight.detach().square() @ y[1]  # an upper bound will do for the size of the rounding
+            y = weight @ y[0], weight.detach().square() @ y[1]  # roughly will do for the size of the rounding
         y, z = (_of_length_1(*rows, dim=1) for rows in (y, z))
         return 1 - (y * z).sum(dim=1).mean()
 
@@ -86,5 +88,8 @@ def _of_length_1(rows: Tensor, before: Tensor, dim: int | None = None) -> Tensor
         squares, before = rows.detach().square().sum(), before.sum()
     else:
         squares = rows.square().sum(dim, keepdim=True)
-    is_zero = squares <= (16 * torch.finfo(rows.dtype).eps) ** 2 * before
-    return rows * squares.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+    is_zero = (squares <= (16 * torch.finfo(rows.dtype).eps) ** 2 * before) & squares.isfinite()
+    lengths = squares.masked_fill(is_zero, 1.0)
+    return rows * (lengths.rsqrt() + 0 * lengths).masked_fill(
+        is_zero, 0.0
+    )  # NaN where a square is beyond the number format
