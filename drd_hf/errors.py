@@ -22,9 +22,15 @@ def nearest(name: str, known, n: int = 5) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit status 2.
+
+    The process group of several processes is left at the end: one that exits with its threads still running may abort.
+    """
     try:
         main()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
