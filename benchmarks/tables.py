@@ -278,20 +278,19 @@ def compare() -> str:
 
     rows = []
     for row in sorted((row for row in everything if row["gain"]), key=behind):
-        gains = [rows[row["method"]]["gain"] if row["method"] in rows else None for rows in found.values()]
+        gains = [of_pair.get(row["method"], {}).get("gain") for of_pair in found.values()]
         rows.append([f"`{row['method']}`", *map(difference_text, [*gains, row["gain"], row["behind"]])])
     return table(["method", *(f"gain, {_arrow(pair)}" for pair in found), "gain, both", f"lead of `{OURS}`"], rows)
 
 
 def compare_scores() -> str:
-    """Mean scores of the student alone and ours, for each pair, over the same runs of both."""
-    everything, found = compared()
-    rows = []
-    for pair, methods in found.items():
-        alone, ours = methods["none"], methods[OURS]
-        difference = ours["gain"]
-        rows.append([_arrow(pair), f"{100 * alone['test']:.1f}", f"{100 * ours['test']:.1f}", difference[3]])
-    return table(["test mIoU in percent", "student alone", f"`{OURS}`", "runs"], rows)
+    """Mean scores of the student alone and ours, for each pair, with the number of their runs."""
+    _, found = compared()
+    rows = [
+        [_arrow(pair), *(f"{100 * methods[name]['test']:.1f} ({methods[name]['runs']})" for name in ("none", OURS))]
+        for pair, methods in found.items()
+    ]
+    return table(["test mIoU in percent (runs)", "student alone", f"`{OURS}`"], rows)
 
 
 def _arrow(pair: str) -> str:

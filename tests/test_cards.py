@@ -1,8 +1,10 @@
+import importlib
 import json
 import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import markdown_it
 import numpy as np
@@ -29,6 +31,8 @@ from drd_hf.cards import (
     write_model_card,
 )
 from drd_hf.errors import UserError
+
+from .conftest import tiny_model
 
 NAN = float("nan")
 RESULT = MeasuredResult(
@@ -489,3 +493,16 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
     assert not torch.is_floating_point(names["label"])
     with rasterio.open("classes.tif") as file:
         assert file.shape == (50, 70) and file.crs == "EPSG:32633" and set(np.unique(file.read(1))) <= set(id2label)
+
+
+def test_an_older_run_without_a_method_was_distilled_with_the_plain_form(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    script = importlib.import_module("scripts.make_card")
+    models = {
+        "model": SimpleNamespace(model=tiny_model("segformer")),
+        "teacher": SimpleNamespace(model=tiny_model("upernet")),
+    }
+    args = script.CardArguments(run="runs/x", dataset="data/x", teacher="runs/t")
+    older = {"settings": {"teacher": "runs/t", "student": "s", "channel_relation_weight": 5.0}}
+    distillation = script.origins_of_older_run(args, older, models).distillation
+    assert distillation["spatial_relation weight"] == 3.0 and distillation["channel_relation weight"] == 5.0

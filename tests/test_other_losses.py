@@ -741,7 +741,7 @@ def test_all_methods_together_train_with_accumulated_batches_of_which_some_have_
 
 
 RANKS = """
-import sys
+import sys, torch
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from safetensors.torch import save_file
@@ -752,6 +752,7 @@ trainer = trainer_of(Path(sys.argv[2]), list(METHODS), data=HalfLabelledTiles(),
 trainer.train()
 parameters = {name: value.detach().contiguous() for name, value in trainer._step.named_parameters()}
 save_file(parameters, f"{sys.argv[2]}/rank{trainer.args.process_index}.safetensors")
+torch.distributed.destroy_process_group()  # else its threads may abort the exit
 """
 
 

@@ -455,6 +455,7 @@ trainer = distiller(Path(sys.argv[1]), student=sys.argv[3], max_steps=3, per_dev
 trainer.train()
 draws = [torch.rand(()).item()]
 torch.save({"draw": torch.tensor(draws), **dict(trainer._step.named_parameters())}, f"{sys.argv[1]}/rank{trainer.args.process_index}.pt")
+torch.distributed.destroy_process_group()  # else its threads may abort the exit
 """
 
 

@@ -19,7 +19,7 @@ SCRIPTS = {"alone": "scripts/train_teacher.py", "distilled": "scripts/distill.py
 class Fold:
     """One division of a dataset: its prepared folder, and the splits of the layout file if they are not the file's own.
 
-    `compared` is False for one that serves to choose weights alone: its test split is never scored.
+    `compared` is False for one that serves to choose weights alone: no student is scored on its test split.
     """
 
     folder: str

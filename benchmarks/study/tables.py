@@ -105,7 +105,7 @@ def markdown(lines: Sequence[dict]) -> str:
         "Written by `python benchmarks/compare.py STUDY.yaml --stage collect` from compare.jsonl. Test mIoU in percent, "
         "mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `drd_aligned` over a method are "
         "mean differences of the n pairs of runs with the same fold and seed that are finished, with their 95 % t interval; runs of one fold share their "
-        "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation. "
+        "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation where a pair is named for it. "
         "Seconds are those of the training; other work on the machine lengthens them. Memory is the peak of the process with "
         "the scoring at its end, of the GPU where there is one.",
     ]

@@ -90,6 +90,5 @@ def _of_length_1(rows: Tensor, before: Tensor, dim: int | None = None) -> Tensor
         squares = rows.square().sum(dim, keepdim=True)
     is_zero = (squares <= (16 * torch.finfo(rows.dtype).eps) ** 2 * before) & squares.isfinite()
     lengths = squares.masked_fill(is_zero, 1.0)
-    return rows * (lengths.rsqrt() + 0 * lengths).masked_fill(
-        is_zero, 0.0
-    )  # NaN where a square is beyond the number format
+    # Adding 0 * lengths gives NaN where a square is beyond the number format.
+    return rows * (lengths.rsqrt() + 0 * lengths).masked_fill(is_zero, 0.0)
