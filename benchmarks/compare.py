@@ -9,7 +9,7 @@
 
 Every finished run is one line of benchmarks/results/compare.jsonl (compare_tuning.jsonl while weights are chosen), with
 its command; an interrupted one leaves none and is repeated. Several runners may work at one study at the same time.
-Weights are chosen on the validation split with one seed; the test split is scored by the stages compare and ablate.
+Weights are chosen on the validation split; the test split is scored by the stages compare and ablate.
 Each method is tuned and then trained once, so that all can be compared early; further folds and seeds follow, pair by pair.
 """
 
@@ -39,7 +39,9 @@ STAGES = ("tune", "compare", "ablate", "collect")
 
 
 def chosen_weight(study: Study, pair: str, method: Method, lines: dict[str, dict]) -> float | None:
-    """The candidate with the highest mean IoU on validation; None where a method has nothing to choose.
+    """The candidate with the highest mean IoU on validation, the mean over the seeds; None where there is no choice.
+
+    A weight with which a seed diverged is not chosen.
 
     Args:
         lines: {command: line} of the tuning runs that are finished.
@@ -57,11 +59,22 @@ def chosen_weight(study: Study, pair: str, method: Method, lines: dict[str, dict
         raise UserError(
             f"the weight of {method.name} for {where} is not chosen yet: run --stage tune, or give `weight`"
         )
-    scores = {cell.facts["weight"]: lines[cell.command].get("validation_mean_iou") for cell in cells}
-    scores = {weight: score for weight, score in scores.items() if score is not None}
+    scores = {
+        weight: sum(of_seeds) / len(of_seeds)
+        for weight, of_seeds in scores_of(cells, lines).items()
+        if None not in of_seeds
+    }
     if not scores:
         raise UserError(f"{method.name} diverged with every one of its weights for {where}: give smaller ones")
     return max(scores, key=scores.get)
+
+
+def scores_of(cells: list[Cell], lines: dict[str, dict]) -> dict[float, list[float | None]]:
+    """{weight: mean IoU on validation of each seed, None where it diverged} of tuning runs that are finished."""
+    scores = {}
+    for cell in cells:
+        scores.setdefault(cell.facts["weight"], []).append(lines[cell.command].get("validation_mean_iou"))
+    return scores
 
 
 def record_choices(study: Study, asked: dict[str, tuple[list[str], list[Method]]], results: Path) -> None:
@@ -78,10 +91,11 @@ def record_choices(study: Study, asked: dict[str, tuple[list[str], list[Method]]
         cells = [] if pair is None else candidates(study, pair, method, ROOT)
         if not cells or any(cell.command not in lines for cell in cells):
             continue
-        scores = {f"{cell.facts['weight']:g}": lines[cell.command].get("validation_mean_iou") for cell in cells}
-        weight = chosen_weight(study, pair, method, lines) if set(scores.values()) != {None} else None
+        scores = {f"{weight:g}": of_seeds for weight, of_seeds in scores_of(cells, lines).items()}
+        diverged = all(None in of_seeds for of_seeds in scores.values())
+        weight = None if diverged else chosen_weight(study, pair, method, lines)
         choice = {"study": study.name, "dataset": study.dataset, "pair": pair, "method": method.name}
-        choice |= {**study.tuning, "chosen_weight": weight, "validation_mean_iou_by_weight": scores}
+        choice |= {**study.tuning, "steps": cells[0].facts["steps"], "chosen_weight": weight, "validation_mean_iou_by_weight": scores}
         if choice not in known:
             append_line(path, choice)
         print(f"{pair}: {method.name} weight {weight} of {scores}")

@@ -260,7 +260,8 @@ def compared(study: str = "dubai_published") -> tuple[list[dict], dict[str, dict
     """Rows of a study over all pairs, and {pair: {method: row}}; of several numbers of steps, those with the most runs."""
     lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
     _, everything = max(pooled(lines), key=lambda found: len(found[1]))
-    of_pairs = sections([line for line in lines if line["steps"] == everything[0]["steps"]])
+    steps = everything[0]["study_steps"]
+    of_pairs = sections([line for line in lines if line.get("study_steps", line["steps"]) == steps])
     return rows_of(everything), {
         group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in of_pairs
     }

@@ -288,6 +288,44 @@ def test_a_teacher_is_not_trained_again_for_other_results(tiny, tmp_path):
     assert weights.stat().st_mtime_ns == written and second["test_mean_iou"] == first["test_mean_iou"]
 
 
+def test_a_weight_is_chosen_by_its_mean_over_seeds_and_not_where_one_diverged(tiny, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    content["tuning"] = {"seeds": [0, 1]}
+    content["methods"]["drd"]["weights"] = [0.1, 1, 10]
+    path = tmp_path / "seeds.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    study = read_study(path)
+    cells = compare.candidates(study, "big_to_small", study.methods["drd"], ROOT)
+    assert [(c.facts["weight"], c.facts["seed"]) for c in cells] == [(w, s) for s in (0, 1) for w in (0.1, 1, 10)]
+    scores = {(0.1, 0): 0.5, (0.1, 1): 0.3, (1, 0): 0.4, (1, 1): 0.6, (10, 0): 0.9, (10, 1): None}
+    lines = {c.command: {"validation_mean_iou": scores[c.facts["weight"], c.facts["seed"]]} for c in cells}
+    assert compare.chosen_weight(study, "big_to_small", study.methods["drd"], lines) == 1
+    lines.pop(cells[0].command)
+    with pytest.raises(UserError, match="drd for big_to_small is not chosen yet"):
+        compare.chosen_weight(study, "big_to_small", study.methods["drd"], lines)
+    content["tuning"] = {"seeds": 0}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"tuning: seeds is 0; give a list such as \[0, 1\]"):
+        read_study(path)
+
+
+def test_a_pair_has_its_own_steps_unless_the_command_says_otherwise(tiny, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    content["pairs"]["longer"] = {**content["pairs"]["big_to_small"], "steps": 5}
+    path = tmp_path / "steps.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    for asked, tuned, expected in ((None, None, (2, 5)), (7, None, (7, 7)), (None, 3, (3, 3))):
+        path.write_text(yaml.safe_dump(content | {"tuning": {"steps": tuned}}, sort_keys=False))
+        study = read_study(path, asked)
+        for pair, steps in zip(("big_to_small", "longer"), expected, strict=True):
+            compared = student_cell(study, pair, study.methods["none"], None, 0, 0, ROOT)
+            (tuning, *_) = compare.candidates(study, pair, study.methods["drd"], ROOT)
+            assert f"--max_steps {steps} " in tuning.command and tuning.facts["steps"] == steps
+            if tuned is None:
+                assert f"--max_steps {steps} " in compared.command
+                assert compared.facts["study_steps"] == (asked or 2)
+
+
 def test_a_failed_method_does_not_stop_the_others(tiny, monkeypatch, tmp_path):
     """A tuning run that failed ended the whole study, each time that it was started again."""
     content = yaml.safe_load(tiny.read_text())
@@ -464,6 +502,9 @@ def test_all_pairs_together_are_compared_within_each_pair():
     assert rows["drd_aligned"]["gain"][0] == pytest.approx(0.25) and rows["drd_aligned"]["gain"][3] == 2
     assert rows["kd"]["gain"] is None and rows["kd"]["behind"] is None
     assert "## d: all pairs, 9 steps" in markdown(lines)
+    lines.append(line("none", 1, 0, 0.6, pair="r", command="none r", steps=20, study_steps=9))  # a pair's own steps
+    ((title, group),) = pooled(lines)
+    assert title == "d: all pairs, 9 or 20 steps" and {one["study_steps"] for one in group} == {9}
 
 
 def test_a_study_takes_from_its_base_what_it_does_not_say(tiny, tmp_path):

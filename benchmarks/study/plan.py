@@ -42,9 +42,12 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Pair:
+    """A teacher and a student, with what its students' trainings change in those of the study."""
+
     teacher: str
     student: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,14 @@ class Study:
     layout: str | None
     prepare: str | None
     steps: int
+    all_steps: int | None  # of every pair, whatever the file says
     seeds: tuple[int, ...]
     settings: dict[str, Any]
     teachers: dict[str, Teacher]
     pairs: dict[str, Pair]
     methods: dict[str, Method]
     ablations: dict[str, Method]
-    tuning: dict[str, int]
+    tuning: dict[str, Any]  # fold, seeds, steps (None: as in the comparison)
     tuned_on: str | None  # the pair whose weights all pairs take; None: every pair is tuned by itself
     ablation_of: dict[str, list]
     runs: str
@@ -91,6 +95,9 @@ class Study:
     @property
     def compared_folds(self) -> list[int]:
         return [index for index, fold in enumerate(self.folds) if fold.compared]
+
+    def steps_of(self, pair: str) -> int:
+        return self.all_steps or self.pairs[pair].steps or self.steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +175,10 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     ablations = content.get("ablations") or {}
     _check_keys(ablations, f"{path}: ablations", (), ("pairs", "folds", "seeds", "methods"))
     methods = _methods(content["methods"], f"{path}: methods", {})
-    tuning = {"fold": 0, "seed": 0, "steps": content["steps"], **(content.get("tuning") or {})}
-    _check_keys(tuning, f"{path}: tuning", (), ("fold", "seed", "steps"))
+    tuning = {"fold": 0, "seeds": [0], "steps": None, **(content.get("tuning") or {})}
+    _check_keys(tuning, f"{path}: tuning", (), ("fold", "seeds", "steps"))
+    if not isinstance(tuning["seeds"], list) or not tuning["seeds"]:
+        raise UserError(f"{path}: tuning: seeds is {tuning['seeds']!r}; give a list such as [0, 1]")
     if steps is not None:
         tuning["steps"] = steps
     study = Study(
@@ -178,7 +187,8 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
         folds=tuple(_record(Fold, {"folder": f} if isinstance(f, str) else f, path) for f in dataset["folds"]),
         layout=dataset.get("layout"),
         prepare=dataset.get("prepare"),
-        steps=content["steps"] if steps is None else steps,
+        steps=content["steps"],
+        all_steps=steps,
         seeds=tuple(content.get("seeds", (0, 1, 2))),
         settings=content.get("settings") or {},
         teachers={name: _record(Teacher, t or {}, path) for name, t in (content.get("teachers") or {}).items()},
@@ -297,7 +307,7 @@ def student_cell(
     teacher_name = method.teacher or pair.teacher
     data = Data(study.folds[fold], method.labelled, only_labelled=method.alone)
     settings = {**study.settings, **pair.settings}
-    steps = study.tuning["steps"] if stage == "tune" else study.steps
+    steps = (study.tuning["steps"] if stage == "tune" else None) or study.steps_of(pair_name)
     student = dict(pair.student)
     model = student.pop("model")
     teacher, options = None, method.options.replace("{weight}", "" if weight is None else f"{weight:g}")
@@ -324,6 +334,7 @@ def student_cell(
         **{"pair": pair_name, "method": method.name, "options": options, "weight": weight, "alone": method.alone},
         **{"tuned_on": None if stage == "tune" else tuned_on(study, pair_name, method), "student": pair.student},
         **{"seed": seed, "settings": settings, "steps": steps, "stage": stage},
+        "study_steps": study.all_steps or study.steps,
     }
     return Cell((*words, "--output_dir", folder), folder, folder, teacher, data, facts)
 
@@ -339,12 +350,18 @@ def tuned_on(study: Study, pair: str, method: Method) -> str | None:
 
 
 def candidates(study: Study, pair: str, method: Method, root: Path) -> list[Cell]:
-    """The runs among whose weights the one of `method` is chosen for `pair`; none where it has no candidates itself."""
+    """The runs, one for each weight and seed, by which the weight of `method` is chosen for `pair`.
+
+    None where it has no candidates itself.
+    """
     pair = tuned_on(study, pair, method)
     if pair is None or method.like is not None:
         return []
-    fold, seed = study.tuning["fold"], study.tuning["seed"]
-    return [student_cell(study, pair, method, weight, fold, seed, root, "tune") for weight in method.weights]
+    return [
+        student_cell(study, pair, method, weight, study.tuning["fold"], seed, root, "tune")
+        for seed in study.tuning["seeds"]
+        for weight in method.weights
+    ]
 
 
 def _facts(study: Study, teacher: str, labelled: float, fold: int) -> dict:

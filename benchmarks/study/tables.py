@@ -45,17 +45,21 @@ def sections(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """(title, lines) of all pairs of a study with as many steps together, a pair's fold being one of its own.
+    """(title, lines) of all pairs of a study together, each with its number of steps, a pair's fold being one of its own.
 
     Options that differ between pairs are left out; where a method ran with several for one pair, the last run counts.
     """
     last = {line["command"]: line for line in lines if line.get("pair")}
     found = {}
     for line in sorted(last.values(), key=lambda line: line["finished"]):
-        group = found.setdefault((line["study"], line["dataset"], line["steps"]), [])
-        group.append({**line, "fold": f"{line['pair']} {line['fold']}", "teacher": "all", "options": ""})
-    titles = {key: f"{key[1]}: all pairs, {key[2]} steps" for key in found}
-    return [(titles[key], group) for key, group in found.items() if len({line["pair"] for line in group}) > 1]
+        steps = line.get("study_steps", line["steps"])
+        group = found.setdefault((line["study"], line["dataset"], steps), [])
+        group.append({**line, "fold": f"{line['pair']} {line['fold']}", "teacher": "all", "options": "", "study_steps": steps})
+    return [
+        (f"{key[1]}: all pairs, {' or '.join(map(str, sorted({line['steps'] for line in group})))} steps", group)
+        for key, group in found.items()
+        if len({line["pair"] for line in group}) > 1
+    ]
 
 
 def rows_of(lines: Sequence[dict]) -> list[dict]:
@@ -147,7 +151,7 @@ def collect(results: Path) -> None:
     for title, group in pooled(lines):
         rows, one = rows_of(group), group[0]
         if any(row["gain"] for row in rows):
-            gains_picture(rows, title, results / f"compare_{one['study']}_all_pairs_{one['steps']}_gains.png")
+            gains_picture(rows, title, results / f"compare_{one['study']}_all_pairs_{one['study_steps']}_gains.png")
     names = []
     for title, group in sections(lines):
         rows = rows_of(group)
