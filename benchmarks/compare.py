@@ -95,7 +95,12 @@ def record_choices(study: Study, asked: dict[str, tuple[list[str], list[Method]]
         diverged = all(None in of_seeds for of_seeds in scores.values())
         weight = None if diverged else chosen_weight(study, pair, method, lines)
         choice = {"study": study.name, "dataset": study.dataset, "pair": pair, "method": method.name}
-        choice |= {**study.tuning, "steps": cells[0].facts["steps"], "chosen_weight": weight, "validation_mean_iou_by_weight": scores}
+        choice |= {
+            **study.tuning,
+            "steps": cells[0].facts["steps"],
+            "chosen_weight": weight,
+            "validation_mean_iou_by_weight": scores,
+        }
         if choice not in known:
             append_line(path, choice)
         print(f"{pair}: {method.name} weight {weight} of {scores}")

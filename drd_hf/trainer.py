@@ -41,7 +41,7 @@ from drd_hf.errors import UserError
 from drd_hf.features import FeatureHooks, feature_widths, layers_in_order
 from drd_hf.hub import check_model_push, push_model
 from drd_hf.losses import DistillationLoss
-from drd_hf.losses.methods import METHODS, losses_from_config, parse_methods
+from drd_hf.losses.methods import DEFAULT_METHODS, DEFAULT_OF_FEATURES, METHODS, losses_from_config, parse_methods
 from drd_hf.metrics import SegmentationMetrics
 from drd_hf.models import bands_of
 
@@ -125,11 +125,13 @@ class SegmentationConfig(TrainingArguments):
 class DistillationConfig(SegmentationConfig):
     """What is distilled, and how strongly, beside all the arguments of `transformers.TrainingArguments`."""
 
-    method: list[str] = field(
-        default_factory=lambda: ["drd_aligned"],
+    method: list[str] | None = field(
+        default=None,
         metadata={
             "help": f"What is distilled, one or more of {', '.join(METHODS)}, see drd_hf.losses. NAME=WEIGHT sets the weight of "
-            "a method, of one with several terms (drd, drd_aligned, dsd, dist, afdcd) a factor on all their weights."
+            "a method, of one with several terms (drd, drd_aligned, drd_classes, dsd, dist, afdcd) a factor on all their weights. "
+            f"Default: {' '.join(DEFAULT_METHODS)}; {' '.join(DEFAULT_OF_FEATURES)} where the teacher has no scores of the "
+            "student's classes, or a weight of relations is given."
         },
     )
     spatial_relation_weight: float | None = field(
@@ -202,8 +204,9 @@ class DistillationConfig(SegmentationConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.method = [self.method] if isinstance(self.method, str) else list(self.method)
-        if "kd" in parse_methods(self.method) and self.logit_weight:
+        if self.method is not None:
+            self.method = [self.method] if isinstance(self.method, str) else list(self.method)
+        if "kd" in parse_methods(self.method or ()) and self.logit_weight:
             raise UserError(
                 f"logit_weight={self.logit_weight} and method kd are the same loss: leave one of them out, kd=WEIGHT sets its weight"
             )
@@ -1012,7 +1015,16 @@ def _made(model, model_init):
 
 
 def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[DistillationLoss]:
-    """The losses that were given, None for those of the config, if they fit the models."""
+    """The losses that were given, None for those of the config, if they fit the models.
+
+    `args.method` of None becomes the default methods, as far as these models allow them.
+    """
+    if losses is None and args.method is None:
+        reason = _unlike_scores(student, teacher)
+        weights = args.spatial_relation_weight, args.channel_relation_weight
+        args.method = list(DEFAULT_OF_FEATURES if reason or weights != (None, None) else DEFAULT_METHODS)
+        if reason:
+            logger.warning(f"features are compared ({' '.join(args.method)}) and not class scores: {reason}")
     losses = losses_from_config(args, student, teacher) if losses is None else list(losses)
     if not losses:
         raise UserError(
@@ -1026,19 +1038,22 @@ def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedM
     if doubled:
         raise UserError(f"two losses have a term named {sorted(doubled)[0]!r}: terms need different names")
     scores = [name for loss in losses if loss.needs_logits for name in loss.weights]
-    if scores:
-        logits = getattr(layers_in_order(teacher)[1], "logits", None)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 4:  # (B, classes, h, w)
-            raise UserError(
-                f"the loss {scores[0]!r} compares class scores, and the teacher has none: use methods that read features only"
-            )
-        ours, theirs = ({int(i): n for i, n in m.config.id2label.items()} for m in (student, teacher))
-        if ours != theirs:
-            raise UserError(
-                f"the loss {scores[0]!r} compares class scores and needs equal labels, but the student has "
-                f"{list(ours.values())} and the teacher {list(theirs.values())}: use methods that read features only"
-            )
+    if scores and (reason := _unlike_scores(student, teacher)):
+        raise UserError(
+            f"the loss {scores[0]!r} compares class scores, and {reason}: use methods that read features only"
+        )
     return losses
+
+
+def _unlike_scores(student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    """Why the class scores of the two cannot be compared; None where they can."""
+    logits = getattr(layers_in_order(teacher)[1], "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 4:  # (B, classes, h, w)
+        return "the teacher has none"
+    ours, theirs = ({int(i): n for i, n in m.config.id2label.items()} for m in (student, teacher))
+    if ours != theirs:
+        return f"they need equal labels: the student has {list(ours.values())} and the teacher {list(theirs.values())}"
+    return None
 
 
 def _supervised(model, pixel_values, labels):

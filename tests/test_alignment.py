@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drd_hf.errors import UserError
+from drd_hf.losses import class_alignment_distances
 from drd_hf.models import encoder_stages, load_student, stage_pairs
 from drd_hf.relations import channel_alignment_distance, spatial_alignment_distance
 
@@ -84,6 +85,46 @@ def test_channels_are_correlated_as_the_definition_says(batch, c_s, c_t, height,
             continue
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+
+
+def plain_class_distances(student, teacher):
+    """Relations of all positions of the batch and of all classes, each class less its mean over the batch."""
+    if teacher.shape[-2:] != student.shape[-2:]:
+        teacher = torch.nn.functional.interpolate(teacher, student.shape[-2:], mode="bilinear", antialias=True)
+    s, t = (torch.cat([scores.flatten(1) for scores in logits.softmax(1)], dim=1) for logits in (student, teacher))
+    s, t = (p - p.mean(1, keepdim=True) for p in (s, t))  # K x B N
+    own, other = s.T @ s, t.T @ t
+    classes = torch.stack([(a @ b) / (a.norm() * b.norm()) for a, b in zip(s, t, strict=True)])
+    return 1 - (own * other).sum() / (own.norm() * other.norm()), 1 - classes.mean()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(2, 9), sides, sides, sides, sides, st.integers(0, 10**6))
+def test_relations_of_classes_are_those_of_the_definition(batch, classes, height, width, height_t, width_t, seed):
+    student, teacher = draw(seed, batch, classes, height, width), draw(seed + 1, batch, classes, height_t, width_t)
+    for term in range(2):
+        value, gradient = with_gradient(
+            lambda s, t, term=term: class_alignment_distances(s, t)[term], student, teacher
+        )
+        expected, expected_gradient = with_gradient(
+            lambda s, t, term=term: plain_class_distances(s, t)[term], student, teacher
+        )
+        if expected.isnan() or batch * height * width == 1:  # nothing varies
+            assert value == 1 and not gradient.any()
+            continue
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(
+            gradient, expected_gradient, rtol=1e-7, atol=1e-8 * expected_gradient.abs().max() + 1e-12
+        )
+
+
+def test_a_rare_class_counts_as_much_as_a_frequent_one():
+    teacher = torch.full((2, 3, 8, 8), -4.0, dtype=torch.float64)
+    teacher[:, 0], teacher[:, 1, 4:], teacher[0, 2, 0, 0] = 0.0, 4.0, 8.0  # the last one in a single position
+    without = teacher.clone()
+    without[0, 2, 0, 0] = -4.0
+    positions, classes = class_alignment_distances(without, teacher)
+    assert classes > 0.25 and positions < 0.05
 
 
 def test_agreeing_channels_have_the_teachers_relations_to_all_others():

@@ -264,7 +264,7 @@ def test_relations_need_no_equal_labels_but_logits_do(tmp_path):
     teacher = tiny_model("upernet")
     teacher.config.id2label = {0: "water", 1: "land", 2: "cloud"}
     distiller(tmp_path, teacher=teacher)
-    with pytest.raises(UserError, match="needs equal labels.*water"):
+    with pytest.raises(UserError, match="need equal labels.*water"):
         distiller(tmp_path, teacher=teacher, logit_weight=1.0)
 
 

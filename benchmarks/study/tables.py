@@ -54,7 +54,9 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     for line in sorted(last.values(), key=lambda line: line["finished"]):
         steps = line.get("study_steps", line["steps"])
         group = found.setdefault((line["study"], line["dataset"], steps), [])
-        group.append({**line, "fold": f"{line['pair']} {line['fold']}", "teacher": "all", "options": "", "study_steps": steps})
+        group.append(
+            {**line, "fold": f"{line['pair']} {line['fold']}", "teacher": "all", "options": "", "study_steps": steps}
+        )
     return [
         (f"{key[1]}: all pairs, {' or '.join(map(str, sorted({line['steps'] for line in group})))} steps", group)
         for key, group in found.items()

@@ -13,6 +13,7 @@ from drd_hf.losses.afdcd import AfDCDLoss, omni_contrast
 from drd_hf.losses.attention_transfer import ATLoss, attention_transfer_distance
 from drd_hf.losses.base import DistillationLoss, FeatureLoss
 from drd_hf.losses.cirkd import CIRKDLoss, cross_image_kl
+from drd_hf.losses.class_relation import ClassRelationLoss, class_alignment_distances
 from drd_hf.losses.cwd import CWDLogitLoss, CWDLoss, channel_kl
 from drd_hf.losses.dist import DISTLoss, correlation_distances
 from drd_hf.losses.dsd import DSDLoss, category_similarity_distance, pixel_similarity_distance
@@ -32,6 +33,7 @@ __all__ = [
     "CIRKDLoss",
     "CWDLogitLoss",
     "CWDLoss",
+    "ClassRelationLoss",
     "DISTLoss",
     "DSDLoss",
     "DistillationLoss",
@@ -49,6 +51,7 @@ __all__ = [
     "category_similarity_distance",
     "channel_correlation_distance",
     "channel_kl",
+    "class_alignment_distances",
     "correlation_distances",
     "cross_image_kl",
     "feature_distance",

@@ -12,6 +12,7 @@ from drd_hf.losses import (
     AlignedRelationLoss,
     ATLoss,
     CIRKDLoss,
+    ClassRelationLoss,
     CWDLogitLoss,
     CWDLoss,
     DistillationLoss,
@@ -57,6 +58,11 @@ def _aligned_relation(args, layers, weight: float, stages=()) -> AlignedRelation
     )
 
 
+def _aligned_channels(args, layers, weight: float) -> AlignedRelationLoss:
+    resized = args.resize_relations_to or None
+    return AlignedRelationLoss(layers, spatial_weight=0, channel_weight=weight, resize_relations_to=resized)
+
+
 def _relation_weights(args, factor: float, spatial: float, channel: float) -> dict[str, float] | None:
     """Of the config, or else these; None where both are 0."""
     if args.spatial_relation_weight is not None:
@@ -70,6 +76,8 @@ def _relation_weights(args, factor: float, spatial: float, channel: float) -> di
 METHODS = {
     "drd": Method(_dual_relation, 1.0),
     "drd_aligned": Method(_aligned_relation, 1.0, stages=True),
+    "drd_channels": Method(_aligned_channels, 10.0),
+    "drd_classes": Method(lambda args, layers, weight: ClassRelationLoss(2 * weight, 6 * weight), 1.0, layers=0),
     "kd": Method(lambda args, layers, weight: PixelLogitLoss(weight, args.logit_temperature), 1.0, layers=0),
     "skd": Method(lambda args, layers, weight: SKDLoss(layers, weight), 10.0),
     "ifvd": Method(lambda args, layers, weight: IFVDLoss(layers, weight), 20.0),
@@ -90,6 +98,9 @@ METHODS = {
     "ickd": Method(lambda args, layers, weight: ICKDLoss(layers, weight), 2.5),
     "sp": Method(lambda args, layers, weight: SPLoss(layers, weight), 3000.0),
 }
+
+# What is distilled unless a method is named: where the teacher has scores of the student's classes, and where not.
+DEFAULT_METHODS, DEFAULT_OF_FEATURES = ("drd_channels", "drd_classes"), ("drd_aligned",)
 
 
 def parse_methods(texts: Iterable[str]) -> dict[str, float]:
@@ -120,7 +131,7 @@ def parse_methods(texts: Iterable[str]) -> dict[str, float]:
 def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[DistillationLoss]:
     """The losses that a `DistillationConfig` asks for: its methods, and `PixelLogitLoss` where it has a logit weight."""
     losses = []
-    for name, weight in parse_methods(args.method).items():
+    for name, weight in parse_methods(DEFAULT_METHODS if args.method is None else args.method).items():
         method = METHODS[name]
         if name == "sp" and args.per_device_train_batch_size < 2:
             raise UserError(
