@@ -252,7 +252,7 @@ def test_a_run_with_a_best_checkpoint_resumes_after_its_folder_was_moved(tmp_pat
     assert saved and all(torch.equal(value, fresh[name]) for name, value in resumed.model.state_dict().items())
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"spatial_relation_weight": 7.0}, {"optim": "sgd"}])
+@pytest.mark.parametrize("change", [{"seed": 3}, {"resize_relations_to": 7}, {"optim": "sgd"}])
 def test_resuming_with_other_options_is_refused(tmp_path, change):
     # Nothing was trained, or trained half so and half so, and the card named the new options for all of it.
     distiller(tmp_path, max_steps=2).train()

@@ -459,18 +459,18 @@ def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
     lines = [line("none", 0, seed, score) for seed, score in ((0, 0.2), (1, 0.4))]
     lines += [line("none_10", 0, seed, 0.1, labelled=0.1) for seed in (0, 1)]
     lines += [
-        line("drd_aligned", 0, 0, 0.9),
-        line("drd_aligned", 0, 0, 0.3),
-        line("drd_aligned", 0, 1, 0.5),
-        line("drd_aligned", 0, 2, 0.4, code="d"),
+        line("drd_channels_classes", 0, 0, 0.9),
+        line("drd_channels_classes", 0, 0, 0.3),
+        line("drd_channels_classes", 0, 1, 0.5),
+        line("drd_channels_classes", 0, 2, 0.4, code="d"),
     ]
     lines += [line("drd_10", 0, seed, 0.15, labelled=0.1) for seed in (0, 1)]
     lines += [line("kd", 0, 0, 0.25, "a"), line("kd", 0, 1, None, "a", error="the loss is not finite")]
     ((title, group),) = sections([*lines, line("teacher", 0, 0, 0.8, pair=None)])
     assert title == "d: p, 9 steps"
     rows = {row["method"]: row for row in rows_of(group)}
-    assert list(rows) == ["drd_aligned", "none", "kd", "drd_10", "none_10"]
-    drd = rows["drd_aligned"]
+    assert list(rows) == ["drd_channels_classes", "none", "kd", "drd_10", "none_10"]
+    drd = rows["drd_channels_classes"]
     assert drd["runs"] == 3 and drd["test"] == pytest.approx(0.4)  # the repeated run counts once, as its last line
     assert drd["deviation"] == pytest.approx(0.1)
     assert drd["gain"][0] == pytest.approx(0.1) and drd["gain"][3] == 2
@@ -478,7 +478,7 @@ def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
     assert rows["none"]["gain"] is None and rows["none"]["behind"][0] == pytest.approx(0.1)
     assert (rows["kd"]["runs"], rows["kd"]["diverged"], rows["kd"]["behind"][3]) == (1, 1, 1)
     text = markdown(lines)
-    assert "| drd_aligned |  | 3 | 50.0 | 40.0 ± 10.0 | +10.0 [+10.0, +10.0] (n 2) |" in text
+    assert "| drd_channels_classes |  | 3 | 50.0 | 40.0 ± 10.0 | +10.0 [+10.0, +10.0] (n 2) |" in text
     assert "Code c (10 runs), d (1 runs)." in text
     assert "| kd | `a` | 1 (1 diverged) | 50.0 | 25.0 | +5.0 (n 1) | +5.0 (n 1) |" in text
 
@@ -493,13 +493,23 @@ def test_all_pairs_together_are_compared_within_each_pair():
     """A run of one pair is never set against the student alone of another one."""
     lines = [line("none", 0, 0, 0.2), line("none", 0, 0, 0.6, pair="q", teacher="u", command="none q")]
     assert pooled(lines[:1]) == []
-    lines += [line("drd_aligned", 0, 0, 0.3, "w1"), line("drd_aligned", 0, 0, 0.9, "w2", pair="q", teacher="u")]
-    lines += [line("drd_aligned", 0, 0, 0.4, "w3", finished="2026-02-01T00:00:00+00:00"), line("kd", 1, 0, 0.5)]
+    lines += [
+        line("drd_channels_classes", 0, 0, 0.3, "w1"),
+        line("drd_channels_classes", 0, 0, 0.9, "w2", pair="q", teacher="u"),
+    ]
+    lines += [
+        line("drd_channels_classes", 0, 0, 0.4, "w3", finished="2026-02-01T00:00:00+00:00"),
+        line("kd", 1, 0, 0.5),
+    ]
     ((title, group),) = pooled(lines)
     assert title == "d: all pairs, 9 steps"
     rows = {row["method"]: row for row in rows_of(group)}
-    assert rows["drd_aligned"]["runs"] == 2 and rows["drd_aligned"]["test"] == pytest.approx(0.65)  # w3 ran after w1
-    assert rows["drd_aligned"]["gain"][0] == pytest.approx(0.25) and rows["drd_aligned"]["gain"][3] == 2
+    assert rows["drd_channels_classes"]["runs"] == 2 and rows["drd_channels_classes"]["test"] == pytest.approx(
+        0.65
+    )  # w3 ran after w1
+    assert (
+        rows["drd_channels_classes"]["gain"][0] == pytest.approx(0.25) and rows["drd_channels_classes"]["gain"][3] == 2
+    )
     assert rows["kd"]["gain"] is None and rows["kd"]["behind"] is None
     assert "## d: all pairs, 9 steps" in markdown(lines)
     lines.append(line("none", 1, 0, 0.6, pair="r", command="none r", steps=20, study_steps=9))  # a pair's own steps
@@ -522,8 +532,11 @@ def test_a_study_takes_from_its_base_what_it_does_not_say(tiny, tmp_path):
 
 
 def test_methods_are_compared_with_the_options_of_drd_that_ran_last():
-    lines = [line("kd", 0, 0, 0.3, "kd"), line("drd_aligned", 0, 0, 0.9, "new", finished="2026-03-01T00:00:00+00:00")]
-    lines += [line("drd_aligned", 0, 0, 0.5, "old", finished="2026-02-01T00:00:00+00:00")]
+    lines = [
+        line("kd", 0, 0, 0.3, "kd"),
+        line("drd_channels_classes", 0, 0, 0.9, "new", finished="2026-03-01T00:00:00+00:00"),
+    ]
+    lines += [line("drd_channels_classes", 0, 0, 0.5, "old", finished="2026-02-01T00:00:00+00:00")]
     behind = {row["options"]: row["behind"] for row in rows_of(lines)}
     assert behind["kd"][0] == pytest.approx(0.6) and behind["new"] is behind["old"] is None
 
@@ -531,8 +544,8 @@ def test_methods_are_compared_with_the_options_of_drd_that_ran_last():
 def test_a_run_that_was_repeated_with_another_command_counts_once():
     """With a teacher that was trained anew: its students are other commands, and the old ones stayed in the means."""
     lines = [
-        line("drd_aligned", 0, 0, 0.2, command="old", seconds=10.0),
-        line("drd_aligned", 0, 0, 0.4, command="new", seconds=30.0),
+        line("drd_channels_classes", 0, 0, 0.2, command="old", seconds=10.0),
+        line("drd_channels_classes", 0, 0, 0.4, command="new", seconds=30.0),
     ]
     (row,) = rows_of(lines)
     assert (row["runs"], row["test"], row["seconds"]) == (1, 0.4, 30.0)
@@ -543,12 +556,12 @@ def test_tables_and_plots_of_few_finished_runs_are_made(tmp_path):
     lines = [line("kd", 0, 0, None, "kd", error="not finite"), line("kd", 1, 0, 0.3, "kd")]
     lines[0].pop("test_iou_road")
     for n in range(3):
-        lines += [line("none", 0, 0, 0.2), line("drd_aligned", 1, 0, 0.4)][n - 1 : n]
+        lines += [line("none", 0, 0, 0.2), line("drd_channels_classes", 1, 0, 0.4)][n - 1 : n]
         (tmp_path / "compare.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
         collect(tmp_path)
     text = (tmp_path / "compare.md").read_text()
     assert "| kd | `kd` | 1 (1 diverged) | 50.0 | 30.0 |  | +10.0 (n 1) |" in text
-    assert "| drd_aligned |  | 1 | 50.0 | 40.0 |  |  |" in text  # the student alone has no run of this fold
+    assert "| drd_channels_classes |  | 1 | 50.0 | 40.0 |  |  |" in text  # the student alone has no run of this fold
     assert len(list(tmp_path.glob("*_classes.png"))) == 1 and not list(tmp_path.glob("*_gains.png"))
 
 

@@ -279,7 +279,7 @@ def test_an_architecture_of_ones_own_is_a_student(tmp_path, monkeypatch):
     student = load_student(str(tmp_path / "my.json"), id2label=LABELS)
     assert default_feature_layer(student) == "body.1"
     entry = first_step(tmp_path / "run", student, tiny_model("segformer"))
-    assert entry["spatial_alignment"] > 0 and entry["channel_alignment"] > 0
+    assert entry["channel_alignment"] > 0 and entry["spatial_class_alignment"] > 0
 
 
 def test_the_ten_lines_of_a_dataset_prepare_it(tmp_path, monkeypatch):

@@ -806,6 +806,36 @@ def test_the_grid_of_relations_holds_for_cirkd():
     assert METHODS["cirkd"].build(args, PAIR, 1.0).max_positions is None
 
 
+@pytest.mark.parametrize(
+    ("labels", "given", "methods"),
+    [
+        (None, {}, ["drd_channels", "drd_classes"]),
+        ({0: "water", 1: "land", 2: "cloud"}, {}, ["drd_aligned"]),
+        (None, {"channel_relation_weight": 3.0}, ["drd_aligned"]),
+        (None, {"method": ["kd"]}, ["kd"]),
+    ],
+)
+def test_without_a_method_it_is_the_one_that_the_models_allow(tmp_path, caplog, labels, given, methods):
+    teacher = tiny_model("upernet", width=2)
+    teacher.config.id2label = labels or teacher.config.id2label
+    args = DistillationConfig(
+        **{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "max_steps": 1, "save_steps": 1, **given}
+    )
+    trainer = DistillationTrainer(
+        tiny_model("segformer"),
+        teacher,
+        args,
+        train_dataset=RandomTiles(),
+        processing_class=SegformerImageProcessor(do_resize=False),
+    )
+    assert trainer.args.method == methods and len(trainer.losses) == len(methods)
+    told = [m for m in caplog.messages if m.startswith("features are compared (drd_aligned) and not class scores")]
+    assert len(told) == (labels is not None)
+    trainer.train()
+    kept = json.loads((tmp_path / "checkpoint-1/run_settings.json").read_text())
+    assert kept["method"] == methods
+
+
 def test_feature_layers_serve_every_method(tmp_path):
     layers = ["decode_head.batch_norm=decode_head.fpn_bottleneck.batch_norm"]
     trainer = trainer_of(tmp_path, TOGETHER, feature_layers=layers)

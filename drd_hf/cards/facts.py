@@ -22,6 +22,7 @@ CONFUSION_NAME, CURVES_NAME, COMPARISON_NAME = "figures/confusion.png", "figures
 DUAL_RELATION = (
     *("spatial_relation weight", "channel_relation weight"),
     *("spatial_alignment weight", "channel_alignment weight"),
+    *("spatial_class_alignment weight", "channel_class_alignment weight"),
 )
 REMEDY = "give the output folder of a finished train_teacher.py or distill.py"
 
