@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import peers
 from benchmarks.report import RESULTS, write_report
 from drd_hf import DistillationConfig, DistillationTrainer, DualRelationLoss, FeatureHooks
-from drd_hf.losses import AlignedRelationLoss, PixelLogitLoss
+from drd_hf.losses import AlignedRelationLoss, ClassRelationLoss, PixelLogitLoss
 from drd_hf.models import default_feature_layer
 
 CLASSES = 6
@@ -57,12 +57,15 @@ def losses(layers: tuple[str, str], widths: tuple[int, int], device: str) -> dic
         loss = DualRelationLoss([("s", "t")], **named, **options).to(device)
         return lambda f, z, y: sum(loss({"s": f[0]}, {"t": f[1]}).values())
 
-    aligned_loss = AlignedRelationLoss(
-        [("s", "t")], student_widths={"s": widths[0]}, teacher_widths={"t": widths[1]}
-    ).to(device)
+    def aligned(**options):
+        named = {"student_widths": {"s": widths[0]}, "teacher_widths": {"t": widths[1]}}
+        loss = AlignedRelationLoss([("s", "t")], **named, **options).to(device)
+        return lambda f, z, y: sum(loss({"s": f[0]}, {"t": f[1]}).values())
 
-    def aligned(f, z, y):
-        return sum(aligned_loss({"s": f[0]}, {"t": f[1]}).values())
+    channels, classes = aligned(spatial_weight=0), ClassRelationLoss()
+
+    def of_classes(f, z, y):
+        return sum(classes({}, {}, *z).values())
 
     def on_features(function):
         return lambda f, z, y: function(f[0], f[1].to(f[0].dtype), projection=projection.to(f[0].dtype), labels=y)
@@ -72,11 +75,13 @@ def losses(layers: tuple[str, str], widths: tuple[int, int], device: str) -> dic
 
     logit = PixelLogitLoss()
     return {
-        "DRD, default settings": relations(),
+        "DRD, drd_channels and drd_classes": lambda f, z, y: channels(f, z, y) + of_classes(f, z, y),
+        "DRD, drd_classes": of_classes,
+        "DRD, plain form": relations(),
         "DRD, spatial alone": relations(channel_weight=0),
         "DRD, channel alone": relations(spatial_weight=0),
         "DRD, attention": relations(relation="attention"),
-        "DRD, aligned, at one layer": aligned,
+        "DRD, aligned, at one layer": aligned(),
         "DRD, student's own grid": relations(resize_relations_to=None),
         "DRD, own grid, no teacher term": relations(resize_relations_to=None, teacher_term=False),
         "pixel KD (PixelLogitLoss)": lambda f, z, y: logit({}, {}, *z)["logit"],
@@ -203,7 +208,7 @@ def main() -> None:
     print(f"{'':34}{'time':>11}{'of teacher + student':>22}")
     for name, value in medians.items():
         print(f"{name:34}{1e3 * value:9.1f}ms{100 * value / step:21.1f}%")
-    parts = step + medians.get("DRD, default settings", 0.0)
+    parts = step + medians.get("DRD, plain form", 0.0)
     print(
         f"{'DistillationTrainer, whole step':34}{1e3 * whole:9.1f}ms{100 * (whole / parts - 1):+21.1f}% against its parts"
     )

@@ -318,6 +318,7 @@ def finish_run(
             **{name: getattr(args, name) for name in always},
             "world_size": args.world_size,
             **changed_settings(args, type(args)),
+            **({"method": trainer.methods} if getattr(trainer, "methods", None) else {}),
             **({"weights": f"the best of the training, {Path(best).name}"} if best else {}),
         },
         "hardware": device_name(device),

@@ -38,10 +38,19 @@ from drd_hf.data.facts import IGNORE_INDEX
 from drd_hf.data.streaming import StreamedTiles
 from drd_hf.data.transforms import SegmentationCollator
 from drd_hf.errors import UserError
-from drd_hf.features import FeatureHooks, feature_widths, layers_in_order
+from drd_hf.features import FeatureHooks, feature_widths
 from drd_hf.hub import check_model_push, push_model
 from drd_hf.losses import DistillationLoss
-from drd_hf.losses.methods import DEFAULT_METHODS, DEFAULT_OF_FEATURES, METHODS, losses_from_config, parse_methods
+from drd_hf.losses.methods import (
+    DEFAULT_METHODS,
+    DEFAULT_OF_FEATURES,
+    METHODS,
+    OF_RELATION_WEIGHTS,
+    losses_from_config,
+    methods_of,
+    parse_methods,
+    unlike_scores,
+)
 from drd_hf.metrics import SegmentationMetrics
 from drd_hf.models import bands_of
 
@@ -129,7 +138,7 @@ class DistillationConfig(SegmentationConfig):
         default=None,
         metadata={
             "help": f"What is distilled, one or more of {', '.join(METHODS)}, see drd_hf.losses. NAME=WEIGHT sets the weight of "
-            "a method, of one with several terms (drd, drd_aligned, drd_classes, dsd, dist, afdcd) a factor on all their weights. "
+            "a method, of one with several terms (drd, drd_aligned, drd_classes, dsd, dist, afdcd) a factor on all their weights, as of drd_channels. "
             f"Default: {' '.join(DEFAULT_METHODS)}; {' '.join(DEFAULT_OF_FEATURES)} where the teacher has no scores of the "
             "student's classes, or a weight of relations is given."
         },
@@ -173,8 +182,8 @@ class DistillationConfig(SegmentationConfig):
         default=56,
         metadata={
             "help": "Side of the square grid with as many positions as relations are compared on at most: larger feature maps "
-            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions. Of drd, drd_aligned, and "
-            "cirkd, which pools the maps by a whole number."
+            "are shrunk in proportion, smaller ones stay. 0: the student's own grid; cost grows with the positions. Of drd, drd_aligned, "
+            "drd_channels, and cirkd, which pools the maps by a whole number."
         },
     )
     distillation_warmup_ratio: float = field(
@@ -206,10 +215,18 @@ class DistillationConfig(SegmentationConfig):
         super().__post_init__()
         if self.method is not None:
             self.method = [self.method] if isinstance(self.method, str) else list(self.method)
-        if "kd" in parse_methods(self.method or ()) and self.logit_weight:
+        methods = parse_methods(self.method or ())
+        if "kd" in methods and self.logit_weight:
             raise UserError(
                 f"logit_weight={self.logit_weight} and method kd are the same loss: leave one of them out, kd=WEIGHT sets its weight"
             )
+        read = not methods.keys() & {"drd_channels", "drd_classes"} or methods.keys() & set(OF_RELATION_WEIGHTS)
+        for name in ("spatial_relation_weight", "channel_relation_weight"):
+            if getattr(self, name) is not None and not read:
+                raise UserError(
+                    f"{name} is of {' and '.join(OF_RELATION_WEIGHTS)}, which are not asked for: give drd_channels=FACTOR or "
+                    "drd_classes=FACTOR instead"
+                )
         for name in ("spatial_relation_weight", "channel_relation_weight", "logit_weight"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be a number, 0 or above")
@@ -404,15 +421,17 @@ class SegmentationTrainer(Trainer):
             return
         before, now = json.loads(file.read_text()), self._settings()
         for settings in (before, now):  # older checkpoints name the defaults of the plain form
-            if not any(method.startswith("drd_aligned") for method in settings.get("method", ())):
+            if not any(method.startswith("drd_aligned") for method in settings.get("method") or ()):
                 for name in ("spatial_relation_weight", "channel_relation_weight"):
                     if settings.get(name, 0) is None:
                         settings[name] = 3.0
         for name in now:
+            if name == "method" and now[name] is None:  # losses were given instead of names
+                continue
             if name in before and before[name] != now[name]:
                 raise UserError(
                     f"{checkpoint} was trained with {name}={before[name]} and this run has {now[name]}: resume with the same "
-                    "options, or start a new run from this checkpoint as its student"
+                    "options (a default that was another one then has to be given), or start a new run from this checkpoint as its student"
                 )
 
     def _settings(self) -> dict:
@@ -683,8 +702,8 @@ class DistillationTrainer(SegmentationTrainer):
         teacher_processor: the teacher's image processor, if it normalises images differently from the student's.
 
     Raises:
-        UserError: a feature layer does not exist, or a loss compares class scores of models with different labels or of
-            a teacher that has none.
+        UserError: a feature layer does not exist, or a loss that was given or named compares class scores of models with
+            different labels or of a teacher that has none. The default methods do so where they can, see `method`.
     """
 
     config_class = DistillationConfig
@@ -716,7 +735,8 @@ class DistillationTrainer(SegmentationTrainer):
         losses = [losses] if isinstance(losses, DistillationLoss) else losses
         # Kept as they were given: a student made anew needs projectors made anew.
         self._given_losses = copy.deepcopy(losses) if model_init is not None else None
-        losses = _checked_losses(losses, args, model, teacher_model.eval())
+        self.methods = self._methods(losses, args, model, teacher_model.eval())
+        losses = _checked_losses(losses, args, model, teacher_model)
         super().__init__(model, args, **kwargs)
         self.model_init = model_init
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by accelerate's own configuration
@@ -752,11 +772,25 @@ class DistillationTrainer(SegmentationTrainer):
         self._teacher_hooks = FeatureHooks(teacher, teacher_layers)
         self._step = _DistillationStep(student, losses, FeatureHooks(student, student_layers)).to(self.args.device)
 
+    @staticmethod
+    def _methods(losses, args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[str] | None:
+        """The methods by name; None where losses were given. What replaces the default is logged."""
+        if losses is not None:
+            return None
+        methods, reason = methods_of(args, student, teacher)
+        if reason is not None and args.process_index == 0:
+            logger.warning(f"no method was given, and {reason}: {' '.join(methods)} is distilled, from features alone")
+        return methods
+
+    def _settings(self) -> dict:
+        return super()._settings() | {"method": self.methods}
+
     def _pair_again(self) -> None:
         """`model_init` made another student, and a search trial may have changed the weights of the losses."""
         if self._step.student is not self.model:
             self._teacher_hooks.remove()
             losses = copy.deepcopy(self._given_losses)
+            self.methods = self._methods(losses, self.args, self.model, self.teacher_model)
             self._pair(_checked_losses(losses, self.args, self.model, self.teacher_model))
 
     # Student and projectors are prepared as one module, so that every trainable tensor is synchronised between
@@ -1015,16 +1049,7 @@ def _made(model, model_init):
 
 
 def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[DistillationLoss]:
-    """The losses that were given, None for those of the config, if they fit the models.
-
-    `args.method` of None becomes the default methods, as far as these models allow them.
-    """
-    if losses is None and args.method is None:
-        reason = _unlike_scores(student, teacher)
-        weights = args.spatial_relation_weight, args.channel_relation_weight
-        args.method = list(DEFAULT_OF_FEATURES if reason or weights != (None, None) else DEFAULT_METHODS)
-        if reason:
-            logger.warning(f"features are compared ({' '.join(args.method)}) and not class scores: {reason}")
+    """The losses that were given, None for those of the config, if they fit the models."""
     losses = losses_from_config(args, student, teacher) if losses is None else list(losses)
     if not losses:
         raise UserError(
@@ -1038,22 +1063,11 @@ def _checked_losses(losses, args, student: PreTrainedModel, teacher: PreTrainedM
     if doubled:
         raise UserError(f"two losses have a term named {sorted(doubled)[0]!r}: terms need different names")
     scores = [name for loss in losses if loss.needs_logits for name in loss.weights]
-    if scores and (reason := _unlike_scores(student, teacher)):
+    if scores and (reason := unlike_scores(student, teacher)):
         raise UserError(
             f"the loss {scores[0]!r} compares class scores, and {reason}: use methods that read features only"
         )
     return losses
-
-
-def _unlike_scores(student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
-    """Why the class scores of the two cannot be compared; None where they can."""
-    logits = getattr(layers_in_order(teacher)[1], "logits", None)
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 4:  # (B, classes, h, w)
-        return "the teacher has none"
-    ours, theirs = ({int(i): n for i, n in m.config.id2label.items()} for m in (student, teacher))
-    if ours != theirs:
-        return f"they need equal labels: the student has {list(ours.values())} and the teacher {list(theirs.values())}"
-    return None
 
 
 def _supervised(model, pixel_values, labels):

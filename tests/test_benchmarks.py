@@ -67,7 +67,7 @@ def test_the_benchmark_of_relations_prints_a_table_and_writes_json(tmp_path):
 def test_the_benchmark_of_a_step_prints_a_table_and_writes_json(tmp_path):
     printed = run("step.py", "--size", "64", "--rounds", "2", "--device", "cpu", "--output", tmp_path / "s.json")
     report = json.loads((tmp_path / "s.json").read_text())
-    assert report["share_of_teacher_and_student"]["DRD, default settings"] > 0
+    assert report["share_of_teacher_and_student"]["DRD, plain form"] > 0
     assert "DistillationTrainer, whole step" in printed
 
 

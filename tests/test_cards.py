@@ -145,6 +145,24 @@ def test_losses_beside_the_method_are_said_in_the_first_sentence():
     assert "with Dual Relation Distillation and other losses." in both
 
 
+@pytest.mark.parametrize(
+    ("terms", "related", "cites_dist"),
+    [
+        (("spatial_relation", "channel_relation"), "features", False),
+        (
+            ("channel_alignment", "spatial_class_alignment", "channel_class_alignment"),
+            "features and class probabilities",
+            True,
+        ),
+        (("spatial_class_alignment",), "class probabilities", False),
+    ],
+)
+def test_the_card_says_of_what_the_relations_are(terms, related, cites_dist):
+    card = render_model_card(replace(DISTILLED, distillation={f"{term} weight": 1.0 for term in terms}))
+    assert f"relations of the student's {related}, between positions" in card
+    assert ("DIST" in card) == cites_dist and "with Dual Relation Distillation." in card
+
+
 def test_a_model_distilled_with_other_losses_does_not_claim_the_method():
     card = render_model_card(replace(DISTILLED, dual_relation=False))
     assert "How it was distilled" in headings(card) and "Citation" not in headings(card)

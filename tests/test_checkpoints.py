@@ -31,6 +31,7 @@ from drd_hf.checkpoints import (
     newest_complete_checkpoint,
 )
 from drd_hf.errors import UserError
+from drd_hf.losses import PixelLogitLoss
 from drd_hf.runs import check_output_dir, train_run
 from drd_hf.trainer import DistillationConfig, DistillationTrainer, SegmentationConfig
 
@@ -52,7 +53,7 @@ class RandomCrops(RandomTiles):
         return {"image": cut["image"] // 2 + noise, "labels": cut["labels"]}
 
 
-def distiller(run_dir, **changes):
+def distiller(run_dir, losses=None, **changes):
     """SegFormer has dropout and stochastic depth; the teacher's features are wider, so there is a projector."""
     settings = {
         "output_dir": str(run_dir), "max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
@@ -64,6 +65,7 @@ def distiller(run_dir, **changes):
         tiny_model("segformer", seed=1),
         tiny_model("upernet", width=2, seed=2),
         DistillationConfig(**(settings | changes)),
+        losses=losses,
         train_dataset=RandomCrops(7),
         eval_dataset=RandomTiles(2),
         processing_class=SegformerImageProcessor(do_resize=False),
@@ -252,13 +254,30 @@ def test_a_run_with_a_best_checkpoint_resumes_after_its_folder_was_moved(tmp_pat
     assert saved and all(torch.equal(value, fresh[name]) for name, value in resumed.model.state_dict().items())
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"resize_relations_to": 7}, {"optim": "sgd"}])
+@pytest.mark.parametrize("change", [{"seed": 3}, {"spatial_relation_weight": 7.0}, {"optim": "sgd"}])
 def test_resuming_with_other_options_is_refused(tmp_path, change):
     # Nothing was trained, or trained half so and half so, and the card named the new options for all of it.
-    distiller(tmp_path, max_steps=2).train()
+    drd = {"method": ["drd"]}
+    distiller(tmp_path, max_steps=2, **drd).train()
     with pytest.raises(UserError, match=f"trained with {next(iter(change))}="):
-        distiller(tmp_path, max_steps=4, **change).train(resume_from_checkpoint=True)
-    distiller(tmp_path, max_steps=4).train(resume_from_checkpoint=True)  # more steps of the same are no other options
+        distiller(tmp_path, max_steps=4, **drd, **change).train(resume_from_checkpoint=True)
+    with pytest.raises(
+        UserError, match="trained with method=.'drd'. and this run has .'drd_channels', 'drd_classes'."
+    ):
+        distiller(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+    distiller(tmp_path, max_steps=4, **drd).train(resume_from_checkpoint=True)  # more steps are no other options
+
+
+def test_a_run_with_losses_instead_of_names_is_resumed(tmp_path):
+    distiller(tmp_path, max_steps=1, losses=PixelLogitLoss()).train()
+    file = tmp_path / "checkpoint-1" / "run_settings.json"
+    kept = json.loads(file.read_text())
+    assert kept["method"] is None
+    for method in (None, ["drd"]):  # the default of its time, in older checkpoints
+        file.write_text(json.dumps(kept | {"method": method}))
+        trainer = distiller(tmp_path, max_steps=2, losses=PixelLogitLoss())
+        trainer.train(resume_from_checkpoint=str(file.parent))
+        assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize(("method", "accepted"), [(["kd"], True), (["drd"], True), (["drd_aligned"], False)])

@@ -376,7 +376,7 @@ def test_all_methods_train_the_student_in_the_same_way():
     for method in study.methods.values():
         words = list(student_cell(study, pair, method, 1.0, 0, 0, ROOT).words)
         options.append(words[words.index("--dataset") : words.index("--seed") + 2])
-    assert len(options) == 17 and all(other == options[0] for other in options)
+    assert len(options) == 20 and all(other == options[0] for other in options)
 
 
 def test_what_is_chosen_for_dubai_is_chosen_on_tiles_that_no_fold_tests():

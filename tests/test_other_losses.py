@@ -612,6 +612,7 @@ def test_the_default_weight_of_a_method_is_that_of_its_loss(name):
         (["skd=much"], "'much' is no number"),
         (["skd=-1"], "above 0"),
         (["skd=0"], "leave the method out"),
+        (["drd_aligned", "drd_channels"], "is a part of drd_aligned"),
     ],
 )
 def test_wrong_methods_are_refused_in_one_line(given, message):
@@ -652,6 +653,21 @@ def test_aligned_relations_read_the_stages_unless_layers_are_named():
     assert len(named.pairs) == 1 and named.layers == loss.layers
     args.spatial_relation_weight = args.channel_relation_weight = 0.0
     assert losses_from_config(args, student, teacher) == []
+
+
+def test_class_relations_leave_out_a_term_of_weight_0():
+    logits = inputs()[2].detach(), inputs()[3]
+    whole, alone = (ClassRelationLoss(2.0, weight)({}, {}, *logits) for weight in (6.0, 0.0))
+    assert alone == {"spatial_class_alignment": whole["spatial_class_alignment"]} and len(whole) == 2
+    with pytest.raises(UserError, match="both relation weights are 0"):
+        ClassRelationLoss(0.0, 0.0)
+
+
+def test_relation_weights_that_no_named_method_reads_are_refused():
+    for methods in (["drd_channels"], ["drd_classes", "kd"]):
+        with pytest.raises(UserError, match="channel_relation_weight is of drd and drd_aligned.*drd_channels=FACTOR"):
+            DistillationConfig(output_dir="unused", method=methods, channel_relation_weight=1.0)
+    DistillationConfig(output_dir="unused", method=["drd", "drd_classes"], channel_relation_weight=1.0)
 
 
 def test_kd_beside_a_logit_weight_is_refused():
@@ -828,9 +844,10 @@ def test_without_a_method_it_is_the_one_that_the_models_allow(tmp_path, caplog, 
         train_dataset=RandomTiles(),
         processing_class=SegformerImageProcessor(do_resize=False),
     )
-    assert trainer.args.method == methods and len(trainer.losses) == len(methods)
-    told = [m for m in caplog.messages if m.startswith("features are compared (drd_aligned) and not class scores")]
-    assert len(told) == (labels is not None)
+    assert trainer.methods == methods and len(trainer.losses) == len(methods)
+    assert args.method == given.get("method")  # the caller's own stays as it was
+    told = [message for message in caplog.messages if message.startswith("no method was given, and ")]
+    assert len(told) == (methods == ["drd_aligned"])
     trainer.train()
     kept = json.loads((tmp_path / "checkpoint-1/run_settings.json").read_text())
     assert kept["method"] == methods

@@ -567,16 +567,17 @@ def test_a_student_made_anew_trains_with_projectors_made_anew(tmp_path):
         )
 
 
-def test_a_search_trial_sets_the_weights_of_the_losses(tmp_path):
+@pytest.mark.parametrize(("method", "terms"), [(["drd"], "relation"), (None, "alignment")])
+def test_a_search_trial_sets_the_weights_of_the_losses(tmp_path, method, terms):
     # The steps of a search without its backend: a trial's values go into the arguments of a new training.
-    trainer = made_from(tmp_path, max_steps=1)
+    trainer = made_from(tmp_path, max_steps=1, method=method)
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
     trial = SimpleNamespace(params={"spatial_relation_weight": 7.0, "channel_relation_weight": 0.0}, number=0)
     trainer._hp_search_setup(trial)
     trainer.train()
     entry = train_logs(trainer)[0]
-    assert entry["spatial_relation_weighted"] == pytest.approx(7 * entry["spatial_relation"], rel=1e-5)
-    assert "channel_relation" not in entry
+    assert entry[f"spatial_{terms}_weighted"] == pytest.approx(7 * entry[f"spatial_{terms}"], rel=1e-5)
+    assert f"channel_{terms}" not in entry
 
 
 def test_hyperparameter_search_with_optuna(tmp_path):

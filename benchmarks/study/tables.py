@@ -54,9 +54,8 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     for line in sorted(last.values(), key=lambda line: line["finished"]):
         steps = line.get("study_steps", line["steps"])
         group = found.setdefault((line["study"], line["dataset"], steps), [])
-        group.append(
-            {**line, "fold": f"{line['pair']} {line['fold']}", "teacher": "all", "options": "", "study_steps": steps}
-        )
+        fold = f"{line['pair']} {line['steps']} {line['fold']}"
+        group.append({**line, "fold": fold, "teacher": "all", "options": "", "study_steps": steps})
     return [
         (f"{key[1]}: all pairs, {' or '.join(map(str, sorted({line['steps'] for line in group})))} steps", group)
         for key, group in found.items()

@@ -19,11 +19,12 @@ TRAINED_NAME, ORIGINS_KEY = "trained.json", "origins"
 # Pictures of a card by their places in the folder of the model.
 CONFUSION_NAME, CURVES_NAME, COMPARISON_NAME = "figures/confusion.png", "figures/curves.png", "figures/examples.png"
 # Settings of a distillation that show that it is Dual Relation Distillation.
-DUAL_RELATION = (
+FEATURE_RELATIONS = (
     *("spatial_relation weight", "channel_relation weight"),
     *("spatial_alignment weight", "channel_alignment weight"),
-    *("spatial_class_alignment weight", "channel_class_alignment weight"),
 )
+CLASS_RELATIONS = ("spatial_class_alignment weight", "channel_class_alignment weight")
+DUAL_RELATION = (*FEATURE_RELATIONS, *CLASS_RELATIONS)
 REMEDY = "give the output folder of a finished train_teacher.py or distill.py"
 
 

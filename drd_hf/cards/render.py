@@ -14,10 +14,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from drd_hf.cards.facts import (
+    CLASS_RELATIONS,
     COMPARISON_NAME,
     CONFUSION_NAME,
     CURVES_NAME,
     DUAL_RELATION,
+    FEATURE_RELATIONS,
     MeasuredResult,
     ModelCardFacts,
     is_hub_id,
@@ -53,6 +55,12 @@ def render_model_card(facts: ModelCardFacts) -> str:
         facts=facts,
         header=_header(facts),
         other_losses=any(str(n).endswith(" weight") and n not in DUAL_RELATION for n in facts.distillation or ()),
+        related=[
+            what
+            for what, names in (("features", FEATURE_RELATIONS), ("class probabilities", CLASS_RELATIONS))
+            if any(name in (facts.distillation or ()) for name in names)
+        ]
+        or ["features"],  # of cards from before their terms were kept
         model_name=model_name,
         model_literal=json.dumps(model_name, ensure_ascii=False),
         base_models=_base_models(facts),

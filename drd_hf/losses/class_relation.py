@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from drd_hf.losses.base import DistillationLoss, checked_weights, in_float32, on_grid_of, require_equal_classes
+from drd_hf.losses.base import DistillationLoss, in_float32, on_grid_of, require_equal_classes
+from drd_hf.losses.dual_relation import relation_weights
 from drd_hf.relations import channel_alignment_distance, spatial_alignment_distance
 
 
@@ -35,7 +36,8 @@ class ClassRelationLoss(DistillationLoss):
     """Relations of class probabilities, `class_alignment_distances`.
 
     Args:
-        spatial_weight, channel_weight: weights of the terms ``spatial_class_alignment`` and ``channel_class_alignment``.
+        spatial_weight, channel_weight: weights of the terms ``spatial_class_alignment`` and ``channel_class_alignment``;
+            a term of weight 0 is left out.
 
     Shape:
         logits (B, K, h, w), of any two sizes -> {"spatial_class_alignment": scalar, "channel_class_alignment": scalar}
@@ -45,9 +47,9 @@ class ClassRelationLoss(DistillationLoss):
 
     def __init__(self, spatial_weight: float = 2.0, channel_weight: float = 6.0):
         super().__init__()
-        self.weights = checked_weights(
-            {"spatial_class_alignment": spatial_weight, "channel_class_alignment": channel_weight}
-        )
+        self.weights = relation_weights(spatial_class_alignment=spatial_weight, channel_class_alignment=channel_weight)
 
     def forward(self, student_features, teacher_features, student_logits=None, teacher_logits=None, labels=None):
-        return dict(zip(self.weights, class_alignment_distances(student_logits, teacher_logits), strict=True))
+        names = "spatial_class_alignment", "channel_class_alignment"
+        terms = zip(names, class_alignment_distances(student_logits, teacher_logits), strict=True)
+        return {name: value for name, value in terms if name in self.weights}

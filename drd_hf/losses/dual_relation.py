@@ -70,7 +70,7 @@ class DualRelationLoss(DistillationLoss):
             raise UserError(f"temperature={temperature} must be greater than 0")
         self.student_layers = tuple(s for s, _ in self.layers)
         self.teacher_layers = tuple(t for _, t in self.layers)
-        self.weights = _relation_weights(spatial_relation=spatial_weight, channel_relation=channel_weight)
+        self.weights = relation_weights(spatial_relation=spatial_weight, channel_relation=channel_weight)
         self.relation = relation
         self.temperature = temperature
         self.resize_relations_to = _checked_limit(resize_relations_to)
@@ -154,7 +154,7 @@ class AlignedRelationLoss(DistillationLoss):
             *((pair, half * share, share) for pair, share in zip(self.layers, self.layer_weights, strict=True)),
             *((pair, half * share, 0.0) for pair, share in zip(more, shares, strict=True)),
         ]
-        self.weights = _relation_weights(spatial_alignment=spatial_weight, channel_alignment=channel_weight)
+        self.weights = relation_weights(spatial_alignment=spatial_weight, channel_alignment=channel_weight)
         if "spatial_alignment" not in self.weights:
             self.pairs = self.pairs[: len(self.layers)]
         self.student_layers = tuple(s for (s, _), *_ in self.pairs)
@@ -186,7 +186,7 @@ class AlignedRelationLoss(DistillationLoss):
         return terms
 
 
-def _relation_weights(**weights: float) -> dict[str, float]:
+def relation_weights(**weights: float) -> dict[str, float]:
     """Those of a spatial and a channel term that are not 0."""
     for weight in weights.values():
         if not 0 <= weight < math.inf:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from drd_hf.errors import UserError, nearest
@@ -60,7 +61,7 @@ def _aligned_relation(args, layers, weight: float, stages=()) -> AlignedRelation
 
 def _aligned_channels(args, layers, weight: float) -> AlignedRelationLoss:
     resized = args.resize_relations_to or None
-    return AlignedRelationLoss(layers, spatial_weight=0, channel_weight=weight, resize_relations_to=resized)
+    return AlignedRelationLoss(layers, spatial_weight=0, channel_weight=10 * weight, resize_relations_to=resized)
 
 
 def _relation_weights(args, factor: float, spatial: float, channel: float) -> dict[str, float] | None:
@@ -76,7 +77,7 @@ def _relation_weights(args, factor: float, spatial: float, channel: float) -> di
 METHODS = {
     "drd": Method(_dual_relation, 1.0),
     "drd_aligned": Method(_aligned_relation, 1.0, stages=True),
-    "drd_channels": Method(_aligned_channels, 10.0),
+    "drd_channels": Method(_aligned_channels, 1.0),
     "drd_classes": Method(lambda args, layers, weight: ClassRelationLoss(2 * weight, 6 * weight), 1.0, layers=0),
     "kd": Method(lambda args, layers, weight: PixelLogitLoss(weight, args.logit_temperature), 1.0, layers=0),
     "skd": Method(lambda args, layers, weight: SKDLoss(layers, weight), 10.0),
@@ -101,6 +102,10 @@ METHODS = {
 
 # What is distilled unless a method is named: where the teacher has scores of the student's classes, and where not.
 DEFAULT_METHODS, DEFAULT_OF_FEATURES = ("drd_channels", "drd_classes"), ("drd_aligned",)
+OF_RELATION_WEIGHTS = (
+    "drd",
+    "drd_aligned",
+)  # the methods that read `spatial_relation_weight` and `channel_relation_weight`
 
 
 def parse_methods(texts: Iterable[str]) -> dict[str, float]:
@@ -125,13 +130,43 @@ def parse_methods(texts: Iterable[str]) -> dict[str, float]:
             raise UserError(f"method {text!r}: {weight!r} is no number, give {name}=WEIGHT") from None
         if not 0 < weights[name] < float("inf"):
             raise UserError(f"method {text!r}: the weight must be a number above 0, leave the method out for 0")
+    if "drd_aligned" in weights and "drd_channels" in weights:
+        raise UserError("method drd_channels is a part of drd_aligned: leave one of them out")
     return weights
+
+
+def methods_of(args, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[str], str | None]:
+    """The methods of a `DistillationConfig`, and why they are not the default ones where none is named.
+
+    Without a name they are `DEFAULT_METHODS`, or `DEFAULT_OF_FEATURES` where class scores cannot be compared or a weight of
+    relations is given, which these methods alone read.
+    """
+    if args.method is not None:
+        return list(args.method), None
+    reason = unlike_scores(student, teacher)
+    if reason is not None:
+        reason = f"class scores cannot be compared, {reason}"
+    elif (args.spatial_relation_weight, args.channel_relation_weight) != (None, None):
+        reason = "a weight of relations is given"
+    return list(DEFAULT_METHODS if reason is None else DEFAULT_OF_FEATURES), reason
+
+
+def unlike_scores(student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    """Why the class scores of the two cannot be compared; None where they can."""
+    logits = getattr(layers_in_order(teacher)[1], "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 4:  # (B, classes, h, w)
+        return "the teacher has none"
+    ours, theirs = ({int(i): n for i, n in m.config.id2label.items()} for m in (student, teacher))
+    if ours != theirs:
+        return f"they need equal labels: the student has {list(ours.values())} and the teacher {list(theirs.values())}"
+    return None
 
 
 def losses_from_config(args, student: PreTrainedModel, teacher: PreTrainedModel) -> list[DistillationLoss]:
     """The losses that a `DistillationConfig` asks for: its methods, and `PixelLogitLoss` where it has a logit weight."""
     losses = []
-    for name, weight in parse_methods(DEFAULT_METHODS if args.method is None else args.method).items():
+    methods, _ = methods_of(args, student, teacher)
+    for name, weight in parse_methods(methods).items():
         method = METHODS[name]
         if name == "sp" and args.per_device_train_batch_size < 2:
             raise UserError(
