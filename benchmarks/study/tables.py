@@ -166,9 +166,11 @@ def collect(results: Path) -> None:
 
 
 def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
-    """Gain of each method over the student alone, in points of mIoU, with its confidence interval."""
+    """Gain of each method over the student alone, in points of mIoU, with its interval; those of two runs may end at the edge."""
     rows = sorted((row for row in rows if row["gain"]), key=lambda row: row["gain"][0], reverse=True)
-    ends = [0.0] + [100 * x for row in rows for x in row["gain"][:3] if not math.isnan(x)]
+    ends = [0.0]  # the interval of two runs is often several times as wide as all others together
+    for mean, *interval, n in (row["gain"] for row in rows):
+        ends += [100 * x for x in ([mean, *interval] if n > 2 else [mean])]
     low, high = min(ends), max(ends)
     font, line, gap = ImageFont.load_default(15), 24, 12
     left = gap * 2 + math.ceil(max(font.getlength(_name(row)) for row in rows))
@@ -194,7 +196,7 @@ def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
         color = BETTER if mean > 0 else WORSE
         draw.text((left - gap, y), _name(row), fill=INK, font=font, anchor="rm")
         if not math.isnan(lower):
-            draw.line((x(100 * lower), y, x(100 * upper), y), fill=color, width=2)
+            draw.line((max(left, x(100 * lower)), y, min(left + width, x(100 * upper)), y), fill=color, width=2)
         draw.ellipse((x(100 * mean) - 5, y - 5, x(100 * mean) + 5, y + 5), fill=color)
         draw.text((left + width + gap, y), f"{100 * mean:+.1f}", fill=INK, font=font, anchor="lm")
     temporary = path.with_suffix(".tmp")
