@@ -301,7 +301,7 @@ def compare() -> str:
     rows = []
     for row in sorted((row for row in everything if row["gain"]), key=behind):
         gains = [of_pair.get(row["method"], {}).get("gain") for of_pair in found.values()]
-        rows.append([f"`{row['method']}`", *map(difference_text, [*gains, row["gain"], row["behind"]])])
+        rows.append([f"`{row['method']}`", *map(_difference, [*gains, row["gain"], row["behind"]])])
     return table(["method", *(f"gain, {_arrow(pair)}" for pair in found), "gain, all", f"lead of `{OURS}`"], rows)
 
 
@@ -343,6 +343,11 @@ def compare_findings() -> str:
         f"most, `{best['method']}` comes nearest: the default leads it by {difference_text(best['behind'])}. `drd_aligned`, of features alone, gains "
         f"{difference_text(rows['drd_aligned']['gain'])}; of the losses of features `{nearest}` comes nearest, led by {difference_text(lead)}."
     )
+
+
+def _difference(found: tuple | None) -> str:
+    """As in compare.md, without the interval of two runs, which says nothing."""
+    return f"{100 * found[0]:+.1f} (n 2)" if found and found[3] == 2 else difference_text(found)
 
 
 def _arrow(pair: str) -> str:
