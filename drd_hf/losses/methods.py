@@ -102,10 +102,8 @@ METHODS = {
 
 # What is distilled unless a method is named: where the teacher has scores of the student's classes, and where not.
 DEFAULT_METHODS, DEFAULT_OF_FEATURES = ("drd_channels", "drd_classes"), ("drd_aligned",)
-OF_RELATION_WEIGHTS = (
-    "drd",
-    "drd_aligned",
-)  # the methods that read `spatial_relation_weight` and `channel_relation_weight`
+# The methods that read `spatial_relation_weight` and `channel_relation_weight`.
+OF_RELATION_WEIGHTS = ("drd", "drd_aligned")
 
 
 def parse_methods(texts: Iterable[str]) -> dict[str, float]:
