@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.study.lines import read_lines  # noqa: E402
+from benchmarks.study.plan import read_study  # noqa: E402
 from benchmarks.study.tables import OURS, difference_text, paired_difference, pooled, rows_of, sections  # noqa: E402
 
 MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
@@ -271,15 +272,24 @@ OF_FEATURES = (
 )  # these read no class scores
 
 
-def compared_lines(study: str = "dubai_published") -> list[dict]:
-    """The lines of a study's pairs together, as `pooled` has them; of several numbers of steps, the one with the most runs."""
+def compared_lines(study: str = "dubai_published", tuned: bool = False) -> list[dict]:
+    """The lines of a study's pairs together, as `pooled` has them; of several numbers of steps, the one with the most runs.
+
+    Args:
+        tuned: with the runs of weights that were chosen for the study, beside those of each method's own.
+    """
     lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
+    lines = [line for line in lines if tuned or not line.get("tuned_on")]
     return max((group for _, group in pooled(lines)), key=len)
 
 
 def compared(study: str = "dubai_published") -> tuple[list[dict], dict[str, dict]]:
-    """Rows of a study over all pairs, and {pair: {method: row}}; of several numbers of steps, those with the most runs."""
+    """Rows of a study over all pairs, and {pair: {method: row}}; of several numbers of steps, those with the most runs.
+
+    Every method has its own weight here, none that was chosen.
+    """
     lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
+    lines = [line for line in lines if not line.get("tuned_on")]
     everything = compared_lines(study)
     steps = everything[0]["study_steps"]
     of_pairs = sections([line for line in lines if line.get("study_steps", line["steps"]) == steps])
@@ -321,6 +331,38 @@ def compare_scores() -> str:
     return table(["test mIoU in percent (runs)", "student alone", f"`{OURS}`"], rows)
 
 
+def compare_tuned() -> str:
+    """Of each method the weight that was chosen, and how far ours with its own weight is ahead of it with that one.
+
+    Where the weight of its paper was chosen, the runs with that one count.
+    """
+    study = read_study(ROOT / "benchmarks/study/dubai_tuned.yaml")
+    choices = {
+        line["method"]: line
+        for line in read_lines(ROOT / "benchmarks/results/compare_tuning.jsonl")
+        if line["study"] == study.name and "chosen_weight" in line
+    }
+    scores = {}
+    for line in compared_lines(study.name, tuned=True):
+        if line["test_mean_iou"] is not None:
+            scores.setdefault((line["method"], line["options"]), {})[line["fold"], line["seed"]] = line["test_mean_iou"]
+    rows = []
+    for name, choice in choices.items():
+        weight, published = choice["chosen_weight"], study.methods[name].published
+        found = scores.get((name, "" if weight == published else "tuned"), {})
+        by_weight = choice["validation_mean_iou_by_weight"].items()
+        means = {float(w): None if None in of_seeds else 100 * sum(of_seeds) / len(of_seeds) for w, of_seeds in by_weight}
+        shown = [
+            "diverged" if means[w] is None else f"**{means[w]:.1f}**" if w == weight else f"{means[w]:.1f}"
+            for w in sorted(means)
+        ]
+        gain = paired_difference(found, scores["none", ""])
+        lead = None if name == OURS and weight == published else paired_difference(scores[OURS, ""], found)
+        rows.append((lead[0] if lead else 0.0, [f"`{name}`", f"{published:g}", *shown, *map(_difference, (gain, lead))]))
+    head = ["method", "published weight", "a tenth", "published", "tenfold", "gain, chosen weight", f"lead of `{OURS}`"]
+    return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
 def compare_findings() -> str:
     """What the rows of all pairs say of ours and of features alone, and how much of the others was run."""
     everything, found = compared()
@@ -358,6 +400,7 @@ TABLES = {
     "compare": compare,
     "compare-findings": compare_findings,
     "compare-scores": compare_scores,
+    "compare-tuned": compare_tuned,
     "demo": demo,
     "demo-seeds": demo_seeds,
     "dubai": dubai,

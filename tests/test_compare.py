@@ -16,6 +16,7 @@ from drd_hf import DistillationConfig, SegmentationConfig, load_splits
 from drd_hf.arguments import parse_arguments
 from drd_hf.data.transforms import TrainTransform
 from drd_hf.errors import UserError
+from drd_hf.losses.methods import METHODS
 from drd_hf.runs import DataArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,6 +310,50 @@ def test_a_weight_is_chosen_by_its_mean_over_seeds_and_not_where_one_diverged(ti
         read_study(path)
 
 
+def test_where_the_published_weight_is_chosen_its_run_is_that_of_the_method_without_a_weight(tiny, tmp_path):
+    content = yaml.safe_load(tiny.read_text())
+    content |= {"name": "shared", "methods": {"kd": {"options": "--method kd"}}}
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump(content))
+    content["methods"] = {"kd": {"options": "--method kd={weight}", "weights": [0.1, 1], "published": 1}}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(content))
+    published, tuned = read_study(tmp_path / "published.yaml"), read_study(tmp_path / "tuned.yaml")
+    assert published.name == tuned.name == "shared"
+    pair = "big_to_small"
+    cell = student_cell(published, pair, published.methods["kd"], None, 0, 0, ROOT)
+    same = student_cell(tuned, pair, tuned.methods["kd"], 1, 0, 0, ROOT)
+    assert same.command == cell.command and same.facts == cell.facts
+    other = student_cell(tuned, pair, tuned.methods["kd"], 0.1, 0, 0, ROOT)
+    assert "--method kd=0.1 " in other.command and other.facts["tuned_on"] == pair
+    assert [c.facts["weight"] for c in compare.candidates(tuned, pair, tuned.methods["kd"], ROOT)] == [0.1, 1]
+
+
+def test_published_weights_of_the_shipped_study_are_those_of_the_losses():
+    study = read_study(ROOT / "benchmarks/study/dubai_tuned.yaml")
+    published = read_study(ROOT / "benchmarks/study/dubai_published.yaml")
+    tuned = {name: method for name, method in study.methods.items() if name != "none"}
+    assert study.name == published.name and set(METHODS) <= {*published.methods} and len(tuned) == 17
+    for name, method in tuned.items():
+        assert method.weights == pytest.approx([factor * method.published for factor in (0.1, 1, 10)])
+        options = method.options_with(method.published)
+        assert options == published.methods[name].options
+        for one in options.removeprefix("--method ").split():
+            assert METHODS[one].weight == method.published
+
+
+def test_all_pairs_together_keep_chosen_weights_apart_from_published_ones():
+    lines = [
+        line("none", 0, 0, 0.2, command="none"),
+        line("none", 0, 0, 0.3, pair="q", command="none q"),
+        line("kd", 0, 0, 0.4, "--method kd", command="kd"),
+        line("kd", 0, 0, 0.6, "--method kd=0.1", command="kd 0.1", tuned_on="q"),
+        line("kd", 0, 0, 0.8, "--method kd=0.1", pair="q", command="kd q", tuned_on="q"),
+    ]
+    ((_, group),) = pooled(lines)
+    rows = {(row["method"], row["options"]): row for row in rows_of(group)}
+    assert rows["kd", ""]["runs"] == 1 and rows["kd", ""]["gain"][0] == pytest.approx(0.2)
+    assert rows["kd", "tuned"]["runs"] == 2 and rows["kd", "tuned"]["gain"][0] == pytest.approx(0.45)
+
+
 def test_a_pair_has_its_own_steps_unless_the_command_says_otherwise(tiny, tmp_path):
     content = yaml.safe_load(tiny.read_text())
     content["pairs"]["longer"] = {**content["pairs"]["big_to_small"], "steps": 5}
@@ -581,6 +626,10 @@ def test_a_damaged_line_is_named(tmp_path):
         (lambda c: c.update(methds={}), "unknown key 'methds'; nearest: methods"),
         (lambda c: c["methods"].update(kd={}), "kd has no options"),
         (lambda c: c["methods"].update(kd={"options": "--method kd={weight}"}), "give weights to choose from"),
+        (
+            lambda c: c["methods"].update(kd={"options": "--method kd", "published": 1}),
+            "kd has a published weight but no '={weight}'",
+        ),
         (lambda c: c["methods"].update(kd={"like": "dr"}), "'dr' is not in the study; it has drd"),
         (lambda c: c["methods"].update(kd={"option": "x"}), "unexpected keyword argument 'option'"),
         (lambda c: c.update(tuned_on="small"), "tuned_on: 'small' is not in the study; it has big_to_small"),

@@ -56,7 +56,8 @@ class Method:
 
     `weights` are the candidates, `weight` is fixed and not tuned, `like` names the method whose options (unless given
     here) and tuned weight are taken. `labelled` is the share of training images that keep their labels. `teacher` takes
-    the place of the pair's.
+    the place of the pair's. `published` is the weight that distill.py takes where none is named: with it `={weight}` is
+    left out, so that such a run is that of a method without weights.
     """
 
     name: str
@@ -66,10 +67,19 @@ class Method:
     like: str | None = None
     labelled: float = 1.0
     teacher: str | None = None
+    published: float | None = None
 
     @property
     def alone(self) -> bool:
         return ALONE in (self.name, self.like)
+
+    def options_with(self, weight: float | None) -> str:
+        """The options of distill.py for a weight."""
+        if weight is None:
+            return self.options.replace("{weight}", "")
+        if weight == self.published:
+            return self.options.replace("={weight}", "")
+        return self.options.replace("{weight}", f"{weight:g}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +160,13 @@ class Data:
         return f"{self.fold.folder}_labelled{self.labelled * 100:g}{'_only' * self.only_labelled}"
 
 
+_OPTIONAL = ("seeds", "settings", "teachers", "tuning", "tuned_on", "ablations", "runs")
+
+
 def read_study(path: str | Path, steps: int | None = None) -> Study:
     """Read a study file. With the key `base` it takes what it does not say from another one in the same folder.
+
+    Its name is that of the file, or the key `name`: files of one name share their runs.
 
     Args:
         steps: instead of the file's, for every student.
@@ -165,7 +180,7 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
         base = _read_yaml(path.parent / content.pop("base"))
         content = {**base, **content} if isinstance(base, dict) else base
     required = ("dataset", "steps", "pairs", "methods")
-    _check_keys(content, path, required, ("seeds", "settings", "teachers", "tuning", "tuned_on", "ablations", "runs"))
+    _check_keys(content, path, required, ("name", *_OPTIONAL))
     dataset = content["dataset"]
     if isinstance(dataset, str):
         dataset = {"name": Path(dataset).name, "folds": [dataset]}
@@ -182,7 +197,7 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     if steps is not None:
         tuning["steps"] = steps
     study = Study(
-        name=path.stem,
+        name=content.get("name", path.stem),
         dataset=dataset["name"],
         folds=tuple(_record(Fold, {"folder": f} if isinstance(f, str) else f, path) for f in dataset["folds"]),
         layout=dataset.get("layout"),
@@ -261,6 +276,8 @@ def _methods(content: dict, what: str, known: dict[str, Method]) -> dict[str, Me
             raise UserError(f"{what}: {name} has no options; give those of distill.py, such as '--method {name}'")
         if "{weight}" in method.options and not (method.weights or method.weight is not None or method.like):
             raise UserError(f"{what}: {name} has {{weight}} in its options; give weights to choose from, or weight")
+        if method.published is not None and "={weight}" not in method.options:
+            raise UserError(f"{what}: {name} has a published weight but no '={{weight}}' in its options to leave out")
         if not 0 < method.labelled <= 1:
             raise UserError(f"{what}: {name}: labelled is {method.labelled}, give a share above 0 and at most 1")
         methods[name] = method
@@ -310,7 +327,7 @@ def student_cell(
     steps = (study.tuning["steps"] if stage == "tune" else None) or study.steps_of(pair_name)
     student = dict(pair.student)
     model = student.pop("model")
-    teacher, options = None, method.options.replace("{weight}", "" if weight is None else f"{weight:g}")
+    teacher, options = None, method.options_with(weight)
     if method.alone:
         start = {"model": model, **student}
     else:
@@ -329,10 +346,13 @@ def student_cell(
     kind = "tuning" if stage == "tune" else "students"
     name = f"{method.name}_fold{fold}_seed{seed}_steps{steps}_{_digest(words)}"
     folder = f"{study.runs}/{study.name}/{kind}/{pair_name}/{name}"
+    where = tuned_on(study, pair_name, method)
+    if stage != "tune" and method.published is not None and weight == method.published:
+        weight = where = None  # the run of those who name no weight
     facts = {
         **_facts(study, teacher_name, method.labelled, fold),
         **{"pair": pair_name, "method": method.name, "options": options, "weight": weight, "alone": method.alone},
-        **{"tuned_on": None if stage == "tune" else tuned_on(study, pair_name, method), "student": pair.student},
+        **{"tuned_on": None if stage == "tune" else where, "student": pair.student},
         **{"seed": seed, "settings": settings, "steps": steps, "stage": stage},
         "study_steps": study.all_steps or study.steps,
     }

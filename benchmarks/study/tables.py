@@ -47,7 +47,8 @@ def sections(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     """(title, lines) of all pairs of a study together, each with its number of steps, a pair's fold being one of its own.
 
-    Options that differ between pairs are left out; where a method ran with several for one pair, the last run counts.
+    Options that differ between pairs are left out: of each method there is one row with its own weight and one with weights
+    that were chosen, its options "tuned". Where a method ran with several for one pair, the last run counts.
     """
     last = {line["command"]: line for line in lines if line.get("pair")}
     found = {}
@@ -55,7 +56,8 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
         steps = line.get("study_steps", line["steps"])
         group = found.setdefault((line["study"], line["dataset"], steps), [])
         fold = f"{line['pair']} {line['steps']} {line['fold']}"
-        group.append({**line, "fold": fold, "teacher": "all", "options": "", "study_steps": steps})
+        options = "tuned" if line.get("tuned_on") else ""
+        group.append({**line, "fold": fold, "teacher": "all", "options": options, "study_steps": steps})
     return [
         (f"{key[1]}: all pairs, {' or '.join(map(str, sorted({line['steps'] for line in group})))} steps", group)
         for key, group in found.items()
