@@ -345,22 +345,63 @@ def compare_tuned() -> str:
     scores = {}
     for line in compared_lines(study.name, tuned=True):
         if line["test_mean_iou"] is not None:
-            scores.setdefault((line["method"], line["options"]), {})[line["fold"], line["seed"]] = line["test_mean_iou"]
+            scores.setdefault((line["method"], line["options"]), {})[line["fold"], line["seed"]] = line[
+                "test_mean_iou"
+            ]
     rows = []
     for name, choice in choices.items():
         weight, published = choice["chosen_weight"], study.methods[name].published
         found = scores.get((name, "" if weight == published else "tuned"), {})
         by_weight = choice["validation_mean_iou_by_weight"].items()
-        means = {float(w): None if None in of_seeds else 100 * sum(of_seeds) / len(of_seeds) for w, of_seeds in by_weight}
+        means = {
+            float(w): None if None in of_seeds else 100 * sum(of_seeds) / len(of_seeds) for w, of_seeds in by_weight
+        }
         shown = [
             "diverged" if means[w] is None else f"**{means[w]:.1f}**" if w == weight else f"{means[w]:.1f}"
             for w in sorted(means)
         ]
         gain = paired_difference(found, scores["none", ""])
         lead = None if name == OURS and weight == published else paired_difference(scores[OURS, ""], found)
-        rows.append((lead[0] if lead else 0.0, [f"`{name}`", f"{published:g}", *shown, *map(_difference, (gain, lead))]))
-    head = ["method", "published weight", "a tenth", "published", "tenfold", "gain, chosen weight", f"lead of `{OURS}`"]
+        rows.append(
+            (lead[0] if lead else 0.0, [f"`{name}`", f"{published:g}", *shown, *map(_difference, (gain, lead))])
+        )
+    head = [
+        "method",
+        "published weight",
+        "a tenth",
+        "published",
+        "tenfold",
+        "gain, chosen weight",
+        f"lead of `{OURS}`",
+    ]
     return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def compare_ablations() -> str:
+    """Variants of the default and of the other forms of DRD: each set against the form that it varies, run by run."""
+    study = read_study(ROOT / "benchmarks/study/dubai_published.yaml")
+    (pair,) = study.ablation_of["pairs"]
+    scores, options, shares = {}, {}, {}
+    for line in read_lines(ROOT / "benchmarks/results/compare.jsonl"):
+        if line["study"] == study.name and line["pair"] == pair and not line["tuned_on"] and line["error"] is None:
+            name = line["method"]
+            scores.setdefault(name, {})[line["fold"], line["seed"]] = line["test_mean_iou"]
+            shares[name] = "" if line["labelled"] == 1 else f", {line['labelled']:.0%} of labels"
+            teacher = study.pairs[pair].teacher
+            weak = "" if line["alone"] or line["teacher"] == teacher else f", teacher `{line['teacher']}`"
+            options[name] = ("student alone" if line["alone"] else f"`{line['options']}`") + weak
+    rows = []
+    for name in ("drd_channels", "drd_classes", *study.ablations):
+        if name not in scores:
+            continue
+        alone = f"none_{name.rpartition('_')[2]}" if shares[name] else "none"
+        bases = {"default": OURS, "drd_aligned": "drd_aligned", "none": "none"}
+        base = OURS if name in ("drd_channels", "drd_classes") else "drd"
+        base = next((bases[start] for start in bases if name.startswith(start)), base)
+        gain = None if name == alone else paired_difference(scores[name], scores.get(alone, {}))
+        change = _difference(paired_difference(scores[name], scores[base]))
+        rows.append([options[name] + shares[name], _difference(gain) if gain else "", f"`{base}`", change])
+    return table(["variant", "gain over the student alone", "against", "change"], rows)
 
 
 def compare_findings() -> str:
@@ -398,6 +439,7 @@ def _arrow(pair: str) -> str:
 
 TABLES = {
     "compare": compare,
+    "compare-ablations": compare_ablations,
     "compare-findings": compare_findings,
     "compare-scores": compare_scores,
     "compare-tuned": compare_tuned,
