@@ -30,7 +30,11 @@ from benchmarks.study.tables import collect, markdown, paired_difference, pooled
 from scripts import distill, train_teacher  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
-STUDIES = [p for p in sorted((ROOT / "benchmarks/study").glob("*.yaml")) if "pairs" in yaml.safe_load(p.read_text())]
+STUDIES = [
+    path
+    for path in sorted((ROOT / "benchmarks/study").glob("*.yaml"))
+    if {"pairs", "base"} & yaml.safe_load(path.read_text()).keys()
+]
 TILES = "--dataset scenes --scenes_train 2 --scenes_validation 1 --scenes_test 1 --scene_size 128 --tile_size 64"
 
 
