@@ -258,6 +258,25 @@ def inference() -> str:
     )
 
 
+def layout() -> str:
+    found = read("layout")
+    rows = [
+        [
+            row["model"],
+            row["pass"],
+            row["type"],
+            *(f"{ms:.0f} ms" for ms in row["milliseconds"].values()),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["", "pass", "numbers", "usual order", "channels last", "times as fast"]
+    return (
+        f"{table(head, rows, text_columns=3)}\n\n(Batches of {found['batch_size']} of {found['size']} x {found['size']} "
+        f"pixels, {found['threads']} CPU cores.)"
+    )
+
+
 OF_FEATURES = (
     "skd",
     "ifvd",
@@ -455,6 +474,7 @@ TABLES = {
     "data": data,
     "metrics": metrics,
     "inference": inference,
+    "layout": layout,
 }
 
 

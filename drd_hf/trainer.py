@@ -86,6 +86,13 @@ class SegmentationConfig(TrainingArguments):
     student_channels: list[int] | None = field(
         default=None, metadata={"help": "Channels of the tiles that the trained model reads, in order. Default: all."}
     )
+    channels_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the channels of a pixel together in memory, as convolutions like it: same model up to rounding, "
+            "trained faster where convolutions take the time."
+        },
+    )
     hub_strategy: HubStrategy | str = field(
         default="end", metadata={"help": "Stays at end: one push of the finished model, nothing before it."}
     )
@@ -93,7 +100,7 @@ class SegmentationConfig(TrainingArguments):
     # What a resumed run must share with the one that was interrupted, for its weights to be those of one run.
     kept_on_resume = (
         *("seed", "data_seed", "learning_rate", "weight_decay", "optim", "lr_scheduler_type"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "student_channels"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "student_channels", "channels_last"),
     )
 
     def __post_init__(self):
@@ -324,6 +331,11 @@ class SegmentationTrainer(Trainer):
         self.model_init = model_init
         self.add_callback(_SeedOfTheRank())
         self._record = LossRecord()
+
+    def _move_model_to_device(self, model, device):
+        super()._move_model_to_device(model, device)
+        if self.args.channels_last:
+            model.to(memory_format=torch.channels_last)
 
     def _checked(self, args):
         if args is None:
@@ -741,7 +753,8 @@ class DistillationTrainer(SegmentationTrainer):
         self.model_init = model_init
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by accelerate's own configuration
             raise UserError(NO_SHARDING)
-        self.teacher_model = _placed_teacher(teacher_model, args.teacher_dtype, self.args.device)
+        layout = torch.channels_last if args.channels_last else torch.preserve_format
+        self.teacher_model = _placed_teacher(teacher_model, args.teacher_dtype, self.args.device, layout)
         self._pair(losses)
 
     @property
@@ -1024,11 +1037,11 @@ def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod")
 
 
-def _placed_teacher(teacher: nn.Module, dtype: str, device: torch.device) -> nn.Module:
+def _placed_teacher(teacher: nn.Module, dtype: str, device: torch.device, layout: torch.memory_format) -> nn.Module:
     teacher = teacher.eval().requires_grad_(False)
     quantised = getattr(teacher, "is_quantized", False) or getattr(teacher, "is_loaded_in_8bit", False)
     if not quantised and not _is_compiled(teacher):
-        return teacher.to(device, getattr(torch, dtype))
+        return teacher.to(device, getattr(torch, dtype), memory_format=layout)
     if dtype != "float32":
         raise UserError(f"teacher_dtype={dtype} has no effect on a quantised or compiled teacher: cast it before that")
     return teacher

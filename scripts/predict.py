@@ -138,7 +138,7 @@ def load(args: argparse.Namespace, default_device: torch.device) -> tuple:
     device = usable_device(args.device or default_device)
     if not args.model.endswith(".onnx"):
         model, processor = load_segmenter(args.model)
-        return model.to(device, DTYPES[args.dtype]), processor
+        return model.to(device, DTYPES[args.dtype], memory_format=torch.channels_last), processor
     if args.dtype != "fp32":
         raise UserError(f"--dtype {args.dtype}: {args.model} computes in what it was exported with, leave it out")
     cuda = ["CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -71,6 +71,18 @@ def test_the_benchmark_of_a_step_prints_a_table_and_writes_json(tmp_path):
     assert "DistillationTrainer, whole step" in printed
 
 
+def test_the_benchmark_of_layouts_prints_a_table_and_writes_json(tmp_path):
+    options = ["--models", "segformer_b0", "--size", "64", "--batch_size", "2", "--rounds", "1", "--device", "cpu"]
+    printed = run("layout.py", *options, "--output", tmp_path / "l.json")
+    rows = json.loads((tmp_path / "l.json").read_text())["rows"]
+    assert [(row["pass"], row["type"]) for row in rows] == [
+        (done, kind) for kind in ("float32", "bfloat16") for done in ("forward", "forward and backward")
+    ]
+    for row in rows:
+        assert row["ratio"] == row["milliseconds"]["usual"] / row["milliseconds"]["channels last"] > 0
+    assert "segformer_b0" in printed
+
+
 def test_the_peer_of_feeding_gives_what_the_package_gives():
     # A peer that does less would make the ratio a lie: same shapes, one pixel of image to each of the label.
     label = np.kron(np.random.default_rng(0).integers(0, 6, (8, 8)), np.ones((64, 64))).astype(np.uint8)

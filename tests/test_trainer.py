@@ -512,3 +512,48 @@ def test_sharding_is_refused_and_not_silently_left_out(tmp_path):
     # Without GPUs accelerate trained with plain DDP although FSDP was asked for.
     with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
         distiller(tmp_path, fsdp="full_shard")
+
+
+@pytest.mark.parametrize("student", ["mobilenet_v2", "segformer"])
+def test_channels_last_trains_the_same_student_and_leaves_no_trace_in_its_files(tmp_path, student):
+    states, orders = [], []
+    for channels_last in (False, True):
+        folder = tmp_path / str(channels_last)
+        trainer = distiller(
+            folder, student, channels_last=channels_last, method=["drd_channels", "drd_classes"], optim="sgd"
+        )
+        trainer.model.register_forward_pre_hook(
+            lambda model, args: orders.append(
+                [
+                    all(p.is_contiguous(memory_format=torch.channels_last) for p in part.parameters() if p.ndim == 4)
+                    for part in (model, trainer.teacher_model)  # noqa: B023 (called at once)
+                ]
+            )
+        )
+        trainer.train()
+        trainer.save_model(folder / "saved")
+        states.append(AutoModelForSemanticSegmentation.from_pretrained(folder / "saved").state_dict())
+        assert all(value.is_contiguous() for value in states[-1].values())
+    assert orders[:2] == [[False, False]] * 2 and orders[2:] == [[True, True]] * 2
+    start, *ends = (
+        torch.cat([state[name].flatten() for name, _ in trainer.model.named_parameters()])
+        for state in (tiny_model(student, seed=1).state_dict(), *states)
+    )
+    assert (ends[0] - ends[1]).norm() < 0.1 * (ends[0] - start).norm()  # mobilenet_v2: gradients of 7000
+
+
+def test_channels_last_holds_for_a_student_made_anew_and_is_kept_on_resume(tmp_path):
+    trainer = DistillationTrainer(
+        None,
+        tiny_model("upernet", width=2, seed=2),
+        config(tmp_path, channels_last=True, max_steps=1, save_strategy="steps", save_steps=1),
+        model_init=lambda: tiny_model("mobilenet_v2", seed=1),
+        train_dataset=RandomTiles(),
+        processing_class=SegformerImageProcessor(do_resize=False),
+    )
+    trainer.train()
+    weights = [p for p in trainer.model.parameters() if p.ndim == 4 and min(p.shape) > 1]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    other = distiller(tmp_path, "mobilenet_v2", max_steps=2)
+    with pytest.raises(UserError, match="was trained with channels_last=True and this run has False"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
