@@ -8,6 +8,7 @@ A page has `<!-- table: NAME -->` and `<!-- end -->` on lines of their own; NAME
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -17,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.study.lines import read_lines  # noqa: E402
-from benchmarks.study.plan import read_study  # noqa: E402
+from benchmarks.study.plan import Study, read_study  # noqa: E402
 from benchmarks.study.tables import OURS, difference_text, paired_difference, pooled, rows_of, sections  # noqa: E402
 
 MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
@@ -58,7 +59,8 @@ def read(name: str) -> dict:
 def table(head: list[str], rows: list[list], text_columns: int = 1) -> str:
     """A Markdown table; the columns after the first ones are numbers and stand on the right."""
     rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(map(str, row))} |".replace("|  |", "| |") for row in (head, rule, *rows))
+    lines = (f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows))
+    return "\n".join(re.sub(r"\|  (?=\|)", "| ", line) for line in lines)
 
 
 def listed(values, form: str = ".3f") -> str:
@@ -291,30 +293,42 @@ OF_FEATURES = (
 )  # these read no class scores
 
 
-def compared_lines(study: str = "dubai_published", tuned: bool = False) -> list[dict]:
-    """The lines of a study's pairs together, as `pooled` has them; of several numbers of steps, the one with the most runs.
+def study_lines(study: Study) -> list[dict]:
+    """The finished runs of a study with its own number of steps; those that diverged are left out."""
+    return [
+        line
+        for line in read_lines(ROOT / "benchmarks/results/compare.jsonl")
+        if line["study"] == study.name
+        and line.get("study_steps", study.steps) == study.steps
+        and line.get("test_mean_iou") is not None
+    ]
 
-    Args:
-        tuned: with the runs of weights that were chosen for the study, beside those of each method's own.
-    """
-    lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
-    lines = [line for line in lines if tuned or not line.get("tuned_on")]
-    return max((group for _, group in pooled(lines)), key=len)
+
+def published() -> Study:
+    return read_study(ROOT / "benchmarks/study/dubai_published.yaml")
 
 
-def compared(study: str = "dubai_published") -> tuple[list[dict], dict[str, dict]]:
-    """Rows of a study over all pairs, and {pair: {method: row}}; of several numbers of steps, those with the most runs.
+def scores_by(lines: list[dict], *keys: str) -> dict:
+    """{values of the keys: {(fold, seed): test mIoU}}."""
+    scores = {}
+    for line in lines:
+        scores.setdefault(tuple(line[key] for key in keys), {})[line["fold"], line["seed"]] = line["test_mean_iou"]
+    return scores
 
-    Every method has its own weight here, none that was chosen.
-    """
-    lines = [line for line in read_lines(ROOT / "benchmarks/results/compare.jsonl") if line["study"] == study]
-    lines = [line for line in lines if not line.get("tuned_on")]
-    everything = compared_lines(study)
-    steps = everything[0]["study_steps"]
-    of_pairs = sections([line for line in lines if line.get("study_steps", line["steps"]) == steps])
+
+def compared_lines() -> list[dict]:
+    """The lines of all pairs together, as `pooled` has them: every method with its own weight, none that was chosen."""
+    ((_, lines),) = pooled([line for line in study_lines(published()) if not line.get("tuned_on")])
+    return lines
+
+
+def compared() -> tuple[list[dict], dict[str, dict]]:
+    """Rows over all pairs, and {pair: {method: row}}, of the runs of `compared_lines`."""
+    lines = [line for line in study_lines(published()) if not line.get("tuned_on") and line["stage"] == "compare"]
+    of_pairs = sections(lines)
     of_pairs.sort(key=lambda section: len(section[1]))  # where a pair ran in several ways, the one with the most runs
     rows = {group[0]["pair"]: {row["method"]: row for row in rows_of(group)} for _, group in of_pairs}
-    return rows_of(everything), dict(sorted(rows.items()))
+    return rows_of(compared_lines()), dict(sorted(rows.items()))
 
 
 def compare() -> str:
@@ -351,61 +365,69 @@ def compare_scores() -> str:
 
 
 def compare_tuned() -> str:
-    """Of each method the weight that was chosen, and how far ours with its own weight is ahead of it with that one.
+    """Of each method the weight that was chosen, its gain with that one, and the lead of ours: shipped, and chosen likewise.
 
     Where the weight of its paper was chosen, the runs with that one count.
     """
     study = read_study(ROOT / "benchmarks/study/dubai_tuned.yaml")
-    choices = {
-        line["method"]: line
-        for line in read_lines(ROOT / "benchmarks/results/compare_tuning.jsonl")
-        if line["study"] == study.name and "chosen_weight" in line
-    }
-    scores = {}
-    for line in compared_lines(study.name, tuned=True):
-        if line["test_mean_iou"] is not None:
-            scores.setdefault((line["method"], line["options"]), {})[line["fold"], line["seed"]] = line[
-                "test_mean_iou"
-            ]
+    of_pairs = [{**line, "fold": f"{line['pair']} {line['fold']}"} for line in study_lines(study) if line["pair"]]
+    scores, tried, chosen = scores_by(of_pairs, "method", "weight"), {}, {}
+    here = study.tuned_on, study.tuning["fold"], study.tuning["steps"]
+    for line in read_lines(ROOT / "benchmarks/results/compare_tuning.jsonl"):
+        if line["study"] == study.name and "command" in line and (line["pair"], line["fold"], line["steps"]) == here:
+            tried.setdefault((line["method"], line["weight"]), {})[line["seed"]] = line.get("validation_mean_iou")
+    for method in study.methods.values():
+        of_weights = [
+            [tried.get((method.name, w), {}).get(seed) for seed in study.tuning["seeds"]] for w in method.weights
+        ]
+        means = {
+            weight: None if None in values else statistics.mean(values)
+            for weight, values in zip(method.weights, of_weights, strict=True)
+        }
+        if any(means.values()):
+            chosen[method.name] = max((w for w in means if means[w]), key=means.get), means
+
+    def runs(name: str) -> dict:
+        weight = chosen[name][0]
+        return scores.get((name, None if weight == study.methods[name].published else weight), {})
+
     rows = []
-    for name, choice in choices.items():
-        weight, published = choice["chosen_weight"], study.methods[name].published
-        found = scores.get((name, "" if weight == published else "tuned"), {})
-        by_weight = choice["validation_mean_iou_by_weight"].items()
-        means = {float(w): None if None in seeds else 100 * sum(seeds) / len(seeds) for w, seeds in by_weight}
-        tried = [f"{w:g}: {'diverged' if means[w] is None else f'{means[w]:.1f}'}" for w in sorted(means)]
-        gain = paired_difference(found, scores["none", ""])
-        lead = None if name == OURS and weight == published else paired_difference(scores[OURS, ""], found)
-        shown = [f"`{name}`", ", ".join(tried), f"{weight:g}" + " (published)" * (weight == published)]
-        rows.append((lead[0] if lead else 0.0, [*shown, *map(_difference, (gain, lead))]))
-    head = ["method", "validation mIoU by weight", "chosen", "gain over the student alone", f"lead of `{OURS}`"]
+    for name, (weight, means) in chosen.items():
+        shown = [f"{w:g}: {'diverged' if mean is None else f'{100 * mean:.1f}'}" for w, mean in sorted(means.items())]
+        end = ", the lowest" * (weight == min(means)) + ", the highest" * (weight == max(means))
+        note = f"{weight:g}{' (published)' * (weight == study.methods[name].published)}{end}"
+        gain = paired_difference(runs(name), scores["none", None])
+        lead = paired_difference(scores[OURS, None], runs(name))
+        tuned = paired_difference(runs(OURS), runs(name)) if OURS in chosen and name != OURS else None
+        key = math.inf if lead is None else lead[0]
+        rows.append((key, [f"`{name}`", ", ".join(shown), note, *map(_difference, (gain, lead, tuned))]))
+    head = ["method", "validation mIoU by weight", "chosen", "gain over the student alone"]
+    head += [f"lead of `{OURS}`", "its lead with the weight chosen so"]
     return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])], text_columns=3)
 
 
 def compare_ablations() -> str:
     """Variants of the default and of the other forms of DRD: each set against the form that it varies, run by run."""
-    study = read_study(ROOT / "benchmarks/study/dubai_published.yaml")
+    study = published()
     (pair,) = study.ablation_of["pairs"]
-    scores, options, shares = {}, {}, {}
-    for line in read_lines(ROOT / "benchmarks/results/compare.jsonl"):
-        if line["study"] == study.name and line["pair"] == pair and not line["tuned_on"] and line["error"] is None:
-            name = line["method"]
-            scores.setdefault(name, {})[line["fold"], line["seed"]] = line["test_mean_iou"]
-            shares[name] = "" if line["labelled"] == 1 else f", {line['labelled']:.0%} of labels"
-            teacher = study.pairs[pair].teacher
-            weak = "" if line["alone"] or line["teacher"] == teacher else f", teacher `{line['teacher']}`"
-            options[name] = ("student alone" if line["alone"] else f"`{line['options']}`") + weak
+    lines = [line for line in study_lines(study) if line["pair"] == pair and not line.get("tuned_on")]
+    scores, variants = scores_by(lines, "method"), {line["method"]: line for line in lines}
     rows = []
     for name in ("drd_channels", "drd_classes", *study.ablations):
-        if name not in scores:
+        if name not in variants:
             continue
-        alone = f"none_{name.rpartition('_')[2]}" if shares[name] else "none"
-        bases = {"default": OURS, "drd_aligned": "drd_aligned", "none": "none"}
-        base = OURS if name in ("drd_channels", "drd_classes") else "drd"
-        base = next((bases[start] for start in bases if name.startswith(start)), base)
-        gain = None if name == alone else paired_difference(scores[name], scores.get(alone, {}))
-        change = _difference(paired_difference(scores[name], scores[base]))
-        rows.append([options[name] + shares[name], _difference(gain) if gain else "", f"`{base}`", change])
+        line, weak, share = variants[name], "", ""
+        if not line["alone"] and line["teacher"] != study.pairs[pair].teacher:
+            weak = f", teacher `{line['teacher']}`"
+        if line["labelled"] != 1:
+            share = f", {line['labelled']:.0%} of labels"
+        alone = f"none_{name.rpartition('_')[2]}" if share else "none"
+        starts = {"default": OURS, "none": "none", "drd_aligned": "drd_aligned", "drd": "drd"}
+        base = OURS if name in study.methods else next(starts[s] for s in starts if name.startswith(s))
+        gain = None if name == alone else paired_difference(scores[name,], scores.get((alone,), {}))
+        change = paired_difference(scores[name,], scores.get((base,), {}))
+        variant = ("student alone" if line["alone"] else f"`{line['options']}`") + weak + share
+        rows.append([variant, _difference(gain), f"`{base}`", _difference(change)])
     return table(["variant", "gain over the student alone", "against", "change"], rows)
 
 
@@ -417,12 +439,10 @@ def compare_findings() -> str:
     runs = [row["runs"] for row in others]
     often = [row for row in others if 2 * row["runs"] >= max(runs)]
     best = min(often, key=lambda row: row["behind"][0])
-    of_features, scores = [], {}
-    for line in compared_lines():
-        scores.setdefault(line["method"], {})[line["fold"], line["seed"]] = line["test_mean_iou"]
+    of_features, scores = [], scores_by(compared_lines(), "method")
     for row in often:
         if row["method"] in OF_FEATURES:
-            lead = paired_difference(scores["drd_aligned"], scores[row["method"]])
+            lead = paired_difference(scores["drd_aligned",], scores[row["method"],])
             of_features.append((lead, row["method"]))
     lead, nearest = min(of_features)
     return (

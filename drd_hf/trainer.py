@@ -285,7 +285,7 @@ class SegmentationTrainer(Trainer):
         **kwargs,
     ):
         args = self._checked(args)
-        model = _made(model, model_init)
+        model = _in_layout(_made(model, model_init), args)
         if "compute_loss_func" in kwargs:
             raise UserError("compute_loss_func has no effect here: write a DistillationLoss and pass it as losses=")
         if data_collator is None:
@@ -332,10 +332,8 @@ class SegmentationTrainer(Trainer):
         self.add_callback(_SeedOfTheRank())
         self._record = LossRecord()
 
-    def _move_model_to_device(self, model, device):
-        super()._move_model_to_device(model, device)
-        if self.args.channels_last:
-            model.to(memory_format=torch.channels_last)
+    def call_model_init(self, trial=None):
+        return _in_layout(super().call_model_init(trial), self.args)
 
     def _checked(self, args):
         if args is None:
@@ -1053,6 +1051,10 @@ def _place_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
     return next(model.parameters()).device, torch.float32
+
+
+def _in_layout(model: nn.Module, args: SegmentationConfig) -> nn.Module:
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def _made(model, model_init):

@@ -21,12 +21,12 @@ from drd_hf.runs import DataArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import compare  # noqa: E402
+from benchmarks import compare, tables  # noqa: E402
 from benchmarks.study import lines as results  # noqa: E402
 from benchmarks.study.cells import run_cells  # noqa: E402
 from benchmarks.study.data import keep_labels, labelled_sources  # noqa: E402
 from benchmarks.study.plan import candidates, read_study, student_cell, teacher_cell  # noqa: E402
-from benchmarks.study.tables import collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
+from benchmarks.study.tables import OURS, collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
 from scripts import distill, train_teacher  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
@@ -359,6 +359,73 @@ def test_all_pairs_together_keep_chosen_weights_apart_from_published_ones():
     assert rows["kd", "tuned"]["runs"] == 2 and rows["kd", "tuned"]["gain"][0] == pytest.approx(0.45)
 
 
+def test_ours_is_that_with_its_own_weights_and_ablations_stay_out_of_pooled_tables(tmp_path):
+    """Chosen weights of ours ran last, and every lead was theirs, against methods that nothing was chosen for."""
+    default, late = "--method drd_channels drd_classes", "2026-05-01T00:00:00+00:00"
+    lines = [
+        line("none", 0, 0, 0.2, command="none"),
+        line(OURS, 0, 0, 0.5, default, command="own"),
+        line(OURS, 0, 0, 0.9, default + "=9", command="tuned", tuned_on="p", finished=late),
+        line("kd", 0, 0, 0.3, "--method kd", command="kd"),
+        line("drd_third", 0, 0, 0.8, "--method drd=0.3", command="ablation", stage="ablate"),
+    ]
+    behind = {(row["method"], row["tuned"]): row["behind"] for row in rows_of(lines)}
+    assert behind["kd", False][0] == pytest.approx(0.2)
+    lines += [{**one, "pair": "q", "command": one["command"] + " q"} for one in lines]
+    ((_, group),) = pooled(lines)
+    assert {row["method"] for row in rows_of(group)} == {"none", OURS, "kd"}
+    # Weights that were chosen anew for a pair take the place of those before.
+    again = line("kd", 1, 0, 0.6, "--method kd=3", command="3", tuned_on="p", finished=late)
+    before = line("kd", 2, 0, 0.1, "--method kd=9", command="9", tuned_on="p")
+    ((_, group),) = pooled([*lines, before, again])
+    (row,) = (row for row in rows_of(group) if row["method"] == "kd" and row["tuned"])
+    assert row["runs"] == 1 and row["test"] == 0.6
+
+
+def test_tables_of_chosen_weights_and_of_variants_read_the_runs_that_they_name(monkeypatch):
+    pair, facts = "upernet-lite2_to_mobilenetv2", {"study": "dubai_published", "stage": "compare"}
+    other = "upernet-lite2_to_segformer-b0"
+
+    def run(method, score, options="", weight=None, **others):
+        command = f"{method} {options} {others}"
+        return {
+            **line(method, 0, 0, score, options),
+            **facts,
+            "pair": pair,
+            "weight": weight,
+            "command": command,
+            **others,
+        }
+
+    compared = [run("none", 0.2), run("none", 0.3, pair=other), run(OURS, 0.5, "x"), run(OURS, 0.7, "x", pair=other)]
+    compared += [run("dist", 0.4, "dist"), run("kd", None, "kd", error="not finite")]
+    compared += [run("dist", 0.3, "dist=10", 10, tuned_on=pair), run("dist", 0.9, "dist=100", 100, tuned_on=pair)]
+    compared += [run("drd_classes", 0.6, "c", pair=other), run("default_kd", 0.8, "k", pair=other, stage="ablate")]
+    compared += [run("default_10", 0.25, "s", pair=other, stage="ablate", labelled=0.1)]
+    del compared[5]["test_mean_iou"]
+    best = {"dist": 10, "kd": 1}
+    chosen = [
+        run(name, None, "t", w, seed=seed, fold=3, steps=200, pair=pair, stage="tune", command=f"{name} {w} {seed}")
+        | {"validation_mean_iou": 0.4 if w == best[name] else None if w == 0.1 else 0.3}
+        for name, weights in (("dist", (0.1, 1, 10, 100)), ("kd", (0.1, 1, 10)))
+        for w in weights
+        for seed in (0, 1)
+    ]
+    monkeypatch.setattr(tables, "read_lines", lambda path: chosen if "tuning" in path.name else compared)
+    head, _, dist, kd = tables.compare_tuned().splitlines()
+    assert dist == (
+        "| `dist` | 0.1: diverged, 1: 30.0, 10: 40.0, 100: 30.0 | 10 | +10.0 (n 1) | +20.0 (n 1) | |"
+    )  # not the 0.9 of another weight, nor the 0.4 of the published one
+    assert kd == "| `kd` | 0.1: diverged, 1: 40.0, 10: 30.0 | 1 (published) | | | |"
+    rows = tables.compare_ablations().splitlines()[2:]
+    assert rows == [
+        f"| `c` | +30.0 (n 1) | `{OURS}` | -10.0 (n 1) |",
+        f"| `k` | +50.0 (n 1) | `{OURS}` | +10.0 (n 1) |",
+        f"| `s`, 10% of labels | | `{OURS}` | -45.0 (n 1) |",
+    ]
+    assert "default_kd" not in tables.compare()
+
+
 def test_a_pair_has_its_own_steps_unless_the_command_says_otherwise(tiny, tmp_path):
     content = yaml.safe_load(tiny.read_text())
     content["pairs"]["longer"] = {**content["pairs"]["big_to_small"], "steps": 5}
@@ -571,6 +638,8 @@ def test_a_study_takes_from_its_base_what_it_does_not_say(tiny, tmp_path):
     content = yaml.safe_load(tiny.read_text())
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(content))
     (tmp_path / "part.yaml").write_text(yaml.safe_dump({"base": "whole.yaml", "steps": 7, "methods": {"none": None}}))
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(content | {"name": "shared"}))  # which a base does not hand on
+    assert read_study(tmp_path / "whole.yaml").name == "shared"
     part, whole = read_study(tmp_path / "part.yaml"), read_study(tmp_path / "whole.yaml")
     assert part.name == "part" and part.steps == 7 and list(part.methods) == ["none"]
     assert (part.pairs, part.teachers, part.folds, part.settings) == (

@@ -178,7 +178,7 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     content = _read_yaml(path)
     if isinstance(content, dict) and "base" in content:  # all of another study file but for the keys that are here
         base = _read_yaml(path.parent / content.pop("base"))
-        content = {**base, **content} if isinstance(base, dict) else base
+        content = {**base, "name": path.stem, **content} if isinstance(base, dict) else base
     required = ("dataset", "steps", "pairs", "methods")
     _check_keys(content, path, required, ("name", *_OPTIONAL))
     dataset = content["dataset"]

@@ -47,29 +47,37 @@ def sections(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     """(title, lines) of all pairs of a study together, each with its number of steps, a pair's fold being one of its own.
 
-    Options that differ between pairs are left out: of each method there is one row with its own weight and one with weights
-    that were chosen, its options "tuned". Where a method ran with several for one pair, the last run counts.
+    Ablations, which ran for some pairs, are left out, and so are options that differ between pairs: of each method there is
+    one row with its own weight and one with weights that were chosen, its options "tuned", each with the options that ran
+    last for a pair.
     """
-    last = {line["command"]: line for line in lines if line.get("pair")}
-    found = {}
+    last = {line["command"]: line for line in lines if line.get("pair") and line.get("stage") != "ablate"}
+    found, options = {}, {}
     for line in sorted(last.values(), key=lambda line: line["finished"]):
         steps = line.get("study_steps", line["steps"])
         group = found.setdefault((line["study"], line["dataset"], steps), [])
-        fold = f"{line['pair']} {line['steps']} {line['fold']}"
-        options = "tuned" if line.get("tuned_on") else ""
-        group.append({**line, "fold": fold, "teacher": "all", "options": options, "study_steps": steps})
-    return [
-        (f"{key[1]}: all pairs, {' or '.join(map(str, sorted({line['steps'] for line in group})))} steps", group)
-        for key, group in found.items()
-        if len({line["pair"] for line in group}) > 1
-    ]
+        kind = "tuned" if line.get("tuned_on") else ""
+        options[line["study"], steps, line["pair"], line["method"], kind] = line["options"]
+        group.append((kind, line))
+    tables = []
+    for (study, dataset, steps), group in found.items():
+        group = [
+            {**line, "fold": f"{line['pair']} {line['steps']} {line['fold']}", "teacher": "all", "options": kind}
+            | {"study_steps": steps}
+            for kind, line in group
+            if kind == "" or options[study, steps, line["pair"], line["method"], kind] == line["options"]
+        ]
+        if len({line["pair"] for line in group}) > 1:
+            shown = " or ".join(map(str, sorted({line["steps"] for line in group})))
+            tables.append((f"{dataset}: all pairs, {shown} steps", group))
+    return tables
 
 
 def rows_of(lines: Sequence[dict]) -> list[dict]:
     """One row for each method with its options and its share of labels, the best mean first.
 
-    A row has one line for each fold and seed, the last one. Where ours or the student alone is there with several options,
-    because other weights were chosen since, the others are compared with the options that ran last.
+    A row has one line for each fold and seed, the last one. Where ours is there with several options, the others are compared
+    with its own weights, or, where these did not run, with those that were chosen last.
     """
     groups = {}
     for line in lines:
@@ -79,7 +87,8 @@ def rows_of(lines: Sequence[dict]) -> list[dict]:
     groups = {key: list(group.values()) for key, group in groups.items()}
     by_age = sorted(groups.items(), key=lambda item: max(line["finished"] for line in item[1]))
     alone = {key[2]: _scores(group) for key, group in by_age if group[0]["alone"]}
-    ours = {key[2]: _scores(group) for key, group in by_age if key[0] == OURS}
+    own_last = sorted(by_age, key=lambda item: not item[1][0].get("tuned_on"))
+    ours = {key[2]: _scores(group) for key, group in own_last if key[0] == OURS}
     rows = []
     for (method, options, labelled, teacher), group in groups.items():
         scores = _scores(group)
@@ -90,6 +99,8 @@ def rows_of(lines: Sequence[dict]) -> list[dict]:
                 "options": options,
                 "labelled": labelled,
                 "teacher": teacher,
+                "tuned": bool(group[0].get("tuned_on")),
+                "ablation": group[0].get("stage") == "ablate",
                 "runs": len(values),
                 "diverged": sum(bool(line["error"]) for line in group),
                 "validation": _mean(line.get("validation_mean_iou") for line in group),
@@ -110,7 +121,7 @@ def markdown(lines: Sequence[dict]) -> str:
     parts = [
         "# Comparison of distillation methods",
         "Written by `python benchmarks/compare.py STUDY.yaml --stage collect` from compare.jsonl. Test mIoU in percent, "
-        f"mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `{OURS}` over a method are "
+        f"mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `{OURS}` (with its own weights, where it ran with them) over a method are "
         "mean differences of the n pairs of runs with the same fold and seed that are finished, with their 95 % t interval; runs of one fold share their "
         "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation where a pair is named for it. "
         "Seconds are those of the training; other work on the machine lengthens them. Memory is the peak of the process with "
@@ -161,7 +172,7 @@ def collect(results: Path) -> None:
         name = "compare_" + "_".join(str(group[0][key]) for key in ("study", "pair", "steps"))
         names.append(name)
         name += f"_{names.count(name)}" * (names.count(name) > 1)  # the same but for other settings
-        if any(row["gain"] for row in rows):
+        if any(row["gain"] and not row["ablation"] for row in rows):
             gains_picture(rows, title, results / f"{name}_gains.png")
         classes_picture(group, rows, title, results / f"{name}_classes.png")
     print(f"written to {results / 'compare.md'}")
@@ -169,7 +180,8 @@ def collect(results: Path) -> None:
 
 def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
     """Gain of each method over the student alone, in points of mIoU, with its interval; those of two runs may end at the edge."""
-    rows = sorted((row for row in rows if row["gain"]), key=lambda row: row["gain"][0], reverse=True)
+    rows = [row for row in rows if row["gain"] and not row["ablation"]]
+    rows.sort(key=lambda row: row["gain"][0], reverse=True)
     ends = [0.0]  # the interval of two runs is often several times as wide as all others together
     for mean, *interval, n in (row["gain"] for row in rows):
         ends += [100 * x for x in ([mean, *interval] if n > 2 else [mean])]
@@ -208,15 +220,15 @@ def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
 
 def classes_picture(lines: Sequence[dict], rows: Sequence[dict], title: str, path: Path) -> None:
     """IoU of each class: the student alone, ours, and the best of the other methods with all labels."""
-    whole = [row for row in rows if row["labelled"] == 1 and row["test"] is not None]
+    whole = [row for row in rows if row["labelled"] == 1 and row["test"] is not None and not row["ablation"]]
     alone = [row for row in whole if row["gain"] is None and row["teacher"] is None][:1]
-    ours = [row for row in whole if row["method"] == OURS][:1]
+    ours = sorted((row for row in whole if row["method"] == OURS), key=lambda row: row["tuned"])[:1]
     others = [row for row in whole if row not in alone and not row["method"].startswith("drd")][:1]
     shown = {}
     for row in (*alone, *ours, *others):
         group = [line for line in lines if all(line[key] == row[key] for key in ("method", "options", "labelled"))]
         names = list(dict.fromkeys(key for line in lines for key in line if key.startswith("test_iou_")))
-        shown[row["method"]] = [_mean(line.get(key) for line in group) or math.nan for key in names]
+        shown[_name(row)] = [_mean(line.get(key) for line in group) or math.nan for key in names]
     if shown:
         names = [key.removeprefix("test_iou_") for key in names]
         bars_picture(shown, names, [GRID] * len(names), f"{title}: IoU on test", path)
@@ -234,7 +246,8 @@ def _mean(values) -> float | None:
 
 
 def _name(row: dict) -> str:
-    return row["method"] if row["labelled"] == 1 else f"{row['method']} ({row['labelled']:.0%} of labels)"
+    share = "" if row["labelled"] == 1 else f" ({row['labelled']:.0%} of labels)"
+    return f"{row['method']}{', tuned' * row['tuned']}{share}"
 
 
 def _listed(values: Sequence[int]) -> str:
