@@ -383,7 +383,10 @@ def test_ours_is_that_with_its_own_weights_and_ablations_stay_out_of_pooled_tabl
 
 
 def test_tables_of_chosen_weights_and_of_variants_read_the_runs_that_they_name(monkeypatch):
-    pair, facts = "upernet-lite2_to_mobilenetv2", {"study": "dubai_published", "stage": "compare"}
+    pair, facts = (
+        "upernet-lite2_to_mobilenetv2",
+        {"study": "dubai_published", "stage": "compare", "teacher": "upernet-lite2"},
+    )
     other = "upernet-lite2_to_segformer-b0"
 
     def run(method, score, options="", weight=None, **others):
