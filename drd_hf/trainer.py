@@ -89,8 +89,8 @@ class SegmentationConfig(TrainingArguments):
     channels_last: bool = field(
         default=False,
         metadata={
-            "help": "Keep the channels of a pixel together in memory, as convolutions like it: same model up to rounding, "
-            "trained faster where convolutions take the time."
+            "help": "Keep the channels of a pixel together in memory: faster for convolutional models, not for a SegFormer; "
+            "the same model up to rounding."
         },
     )
     hub_strategy: HubStrategy | str = field(
