@@ -90,7 +90,7 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     assert run["command"] == student["command"] and run["steps"] == 2
     assert run["results"]["model"]["test"]["mean_iou"] == student["test_mean_iou"]
     table = (folder / "compare.md").read_text()
-    assert f"{100 * student['test_mean_iou']:.1f}" in table and "| drd |" in table
+    assert f"{100 * student['test_mean_iou']:.1f}" in table and "| drd, tuned |" in table
     with Image.open(folder / "compare_tiny_big_to_small_2_gains.png") as picture:
         assert picture.format == "PNG"
 
