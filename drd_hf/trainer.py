@@ -751,8 +751,7 @@ class DistillationTrainer(SegmentationTrainer):
         self.model_init = model_init
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by accelerate's own configuration
             raise UserError(NO_SHARDING)
-        layout = torch.channels_last if args.channels_last else torch.preserve_format
-        self.teacher_model = _placed_teacher(teacher_model, args.teacher_dtype, self.args.device, layout)
+        self.teacher_model = _placed_teacher(teacher_model, args)
         self._pair(losses)
 
     @property
@@ -1035,13 +1034,15 @@ def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod")
 
 
-def _placed_teacher(teacher: nn.Module, dtype: str, device: torch.device, layout: torch.memory_format) -> nn.Module:
+def _placed_teacher(teacher: nn.Module, args: DistillationConfig) -> nn.Module:
     teacher = teacher.eval().requires_grad_(False)
     quantised = getattr(teacher, "is_quantized", False) or getattr(teacher, "is_loaded_in_8bit", False)
     if not quantised and not _is_compiled(teacher):
-        return teacher.to(device, getattr(torch, dtype), memory_format=layout)
-    if dtype != "float32":
-        raise UserError(f"teacher_dtype={dtype} has no effect on a quantised or compiled teacher: cast it before that")
+        return _in_layout(teacher.to(args.device, getattr(torch, args.teacher_dtype)), args)
+    if args.teacher_dtype != "float32":
+        raise UserError(
+            f"teacher_dtype={args.teacher_dtype} has no effect on a quantised or compiled teacher: cast it before that"
+        )
     return teacher
 
 
