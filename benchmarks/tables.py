@@ -401,6 +401,8 @@ def tuned() -> list[dict]:
                 "published": weight == study.methods[name].published,
                 "validation": dict(sorted(means.items())),
                 "gain": paired_difference(runs(name), scores["none", None]),
+                "change": paired_difference(runs(name), scores.get((name, None), {})),
+                "lead of features": paired_difference(scores.get(("drd_aligned", None), {}), runs(name)),
                 "lead": lead,
                 "lead of tuned": paired_difference(runs(OURS), runs(name))
                 if OURS in chosen and name != OURS
@@ -417,10 +419,15 @@ def compare_tuned() -> str:
         shown = [f"{w:g}: {'diverged' if mean is None else f'{100 * mean:.1f}'}" for w, mean in tried.items()]
         end = ", the lowest" * (weight == min(tried)) + ", the highest" * (weight == max(tried))
         note = f"{weight:g}{' (published)' * row['published']}{end}"
-        differences = map(_difference, (row["gain"], row["lead"], row["lead of tuned"]))
+        change = None if row["published"] else row["change"]
+        differences = map(_difference, (change, row["gain"], row["lead"], row["lead of tuned"]))
         rows.append([f"`{row['method']}`", ", ".join(shown), note, *differences])
-    head = ["method", "validation mIoU by weight", "chosen", "gain over the student alone"]
-    return table(head + [f"lead of `{OURS}`", "its lead with the weight chosen so"], rows, text_columns=3)
+    head = ["method", "validation mIoU by weight", "chosen", "change from the published weight"]
+    return table(
+        head + ["gain over the student alone", f"lead of `{OURS}`", "its lead with the weight chosen so"],
+        rows,
+        text_columns=3,
+    )
 
 
 def compare_tuned_findings() -> str:
@@ -429,11 +436,14 @@ def compare_tuned_findings() -> str:
     changed = sum(not row["published"] for row in rows)
     best = next(row for row in rows if 2 * row["lead"][3] >= max(runs))
     lowest = [f"`{row['method']}`" for row in rows if row["weight"] == min(row["validation"])]
+    of_features = [row for row in rows if row["method"] in OF_FEATURES and 2 * row["lead"][3] >= max(runs)]
+    feature = min(of_features, key=lambda row: row["lead of features"])
     return (
         f"With a weight chosen for each of them on areas that are tested nowhere ({changed} of {len(rows)} then have another than "
         f"the published one), `{best['method']}` comes nearest: the default, with the weights it ships with, leads it by "
         f"{_difference(best['lead'])} points, {between((100 * row['lead'][0] for row in rows), '.1f')} over all methods, "
-        f"{min(runs)} to {max(runs)} runs each. Of {', '.join(lowest)} the lowest weight tried was the best: the smaller, the "
+        f"{min(runs)} to {max(runs)} runs each. Of the losses of features `{feature['method']}` comes nearest to `drd_aligned`, which "
+        f"leads it by {_difference(feature['lead of features'])}. Of {', '.join(lowest)} the lowest weight tried was the best: the smaller, the "
         "nearer to the student alone."
     )
 

@@ -417,9 +417,9 @@ def test_tables_of_chosen_weights_and_of_variants_read_the_runs_that_they_name(m
     monkeypatch.setattr(tables, "read_lines", lambda path: chosen if "tuning" in path.name else compared)
     head, _, dist, kd = tables.compare_tuned().splitlines()
     assert dist == (
-        "| `dist` | 0.1: diverged, 1: 30.0, 10: 40.0, 100: 30.0 | 10 | +10.0 (n 1) | +20.0 (n 1) | |"
+        "| `dist` | 0.1: diverged, 1: 30.0, 10: 40.0, 100: 30.0 | 10 | -10.0 (n 1) | +10.0 (n 1) | +20.0 (n 1) | |"
     )  # not the 0.9 of another weight, nor the 0.4 of the published one
-    assert kd == "| `kd` | 0.1: diverged, 1: 40.0, 10: 30.0 | 1 (published) | | | |"
+    assert kd == "| `kd` | 0.1: diverged, 1: 40.0, 10: 30.0 | 1 (published) | | | | |"
     rows = tables.compare_ablations().splitlines()[2:]
     assert rows == [
         f"| `c` | +30.0 (n 1) | `{OURS}` | -10.0 (n 1) |",
