@@ -364,10 +364,11 @@ def compare_scores() -> str:
     return table(["test mIoU in percent (runs)", "student alone", f"`{OURS}`"], rows)
 
 
-def tuned() -> list[dict]:
+def tuned() -> tuple[list[dict], float | None]:
     """Of each method the weight that was chosen, its gain with that one, and the lead of ours: shipped, and chosen likewise.
 
     Where the weight of its paper was chosen, the runs with that one count. The least lead first, then those without runs.
+    Beside them the validation score of the student alone where the weights were chosen, None where it did not run there.
     """
     study = read_study(ROOT / "benchmarks/study/dubai_tuned.yaml")
     of_pairs = [{**line, "fold": f"{line['pair']} {line['fold']}"} for line in study_lines(study) if line["pair"]]
@@ -376,14 +377,13 @@ def tuned() -> list[dict]:
     for line in read_lines(ROOT / "benchmarks/results/compare_tuning.jsonl"):
         if line["study"] == study.name and "command" in line and (line["pair"], line["fold"], line["steps"]) == here:
             tried.setdefault((line["method"], line["weight"]), {})[line["seed"]] = line.get("validation_mean_iou")
+
+    def validation(name: str, weight: float | None) -> float | None:
+        of_seeds = [tried.get((name, weight), {}).get(seed) for seed in study.tuning["seeds"]]
+        return None if None in of_seeds else statistics.mean(of_seeds)
+
     for method in study.methods.values():
-        of_weights = [
-            [tried.get((method.name, w), {}).get(seed) for seed in study.tuning["seeds"]] for w in method.weights
-        ]
-        means = {
-            weight: None if None in values else statistics.mean(values)
-            for weight, values in zip(method.weights, of_weights, strict=True)
-        }
+        means = {weight: validation(method.name, weight) for weight in method.weights}
         if any(means.values()):
             chosen[method.name] = max((w for w in means if means[w]), key=means.get), means
 
@@ -409,12 +409,13 @@ def tuned() -> list[dict]:
                 else None,
             }
         )
-    return sorted(rows, key=lambda row: math.inf if row["lead"] is None else row["lead"][0])
+    rows.sort(key=lambda row: math.inf if row["lead"] is None else row["lead"][0])
+    return rows, validation("none", None)
 
 
 def compare_tuned() -> str:
-    rows = []
-    for row in tuned():
+    rows, (found, alone) = [], tuned()
+    for row in found:
         tried, weight = row["validation"], row["weight"]
         shown = [f"{w:g}: {'diverged' if mean is None else f'{100 * mean:.1f}'}" for w, mean in tried.items()]
         end = ", the lowest" * (weight == min(tried)) + ", the highest" * (weight == max(tried))
@@ -422,6 +423,8 @@ def compare_tuned() -> str:
         change = None if row["published"] else row["change"]
         differences = map(_difference, (change, row["gain"], row["lead"], row["lead of tuned"]))
         rows.append([f"`{row['method']}`", ", ".join(shown), note, *differences])
+    if alone is not None:
+        rows.append(["student alone", f"{100 * alone:.1f}", *[""] * 5])
     head = ["method", "validation mIoU by weight", "chosen", "change from the published weight"]
     return table(
         head + ["gain over the student alone", f"lead of `{OURS}`", "its lead with the weight chosen so"],
@@ -431,11 +434,13 @@ def compare_tuned() -> str:
 
 
 def compare_tuned_findings() -> str:
-    rows = [row for row in tuned() if row["lead"] and not row["method"].startswith("drd")]
+    found, alone = tuned()
+    rows = [row for row in found if row["lead"] and not row["method"].startswith("drd")]
     runs = [row["lead"][3] for row in rows]
     changed = sum(not row["published"] for row in rows)
     best = next(row for row in rows if 2 * row["lead"][3] >= max(runs))
     lowest = [f"`{row['method']}`" for row in rows if row["weight"] == min(row["validation"])]
+    no_help = [f"`{row['method']}`" for row in rows if row["validation"][row["weight"]] <= (alone or 0)]
     of_features = [row for row in rows if row["method"] in OF_FEATURES and 2 * row["lead"][3] >= max(runs)]
     feature = min(of_features, key=lambda row: row["lead of features"])
     return (
@@ -443,8 +448,11 @@ def compare_tuned_findings() -> str:
         f"the published one), `{best['method']}` comes nearest: the default, with the weights it ships with, leads it by "
         f"{_difference(best['lead'])} points, {between((100 * row['lead'][0] for row in rows), '.1f')} over all methods, "
         f"{min(runs)} to {max(runs)} runs each. Of the losses of features `{feature['method']}` comes nearest to `drd_aligned`, which "
-        f"leads it by {_difference(feature['lead of features'])}. Of {', '.join(lowest)} the lowest weight tried was the best: the smaller, the "
-        "nearer to the student alone."
+        f"leads it by {_difference(feature['lead of features'])}."
+        + f" On the areas of the choice {', '.join(no_help)} are not ahead of the student alone with any weight."
+        * bool(no_help)
+        + f" Of {', '.join(lowest)} the lowest weight tried was the best: the smaller, the nearer to the student alone."
+        * bool(lowest)
     )
 
 

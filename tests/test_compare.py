@@ -75,7 +75,8 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     run_study(monkeypatch, tiny)
     tuning, compared = (results.read_lines(folder / name) for name in ("compare_tuning.jsonl", "compare.jsonl"))
     by_weight = {line["weight"]: line["validation_mean_iou"] for line in tuning if "command" in line}
-    assert sorted(by_weight) == [0.1, 1]
+    assert list(by_weight) == [None, 0.1, 1]  # None: the student alone, to see the others against
+    del by_weight[None]
     assert not any(key.startswith("test") for line in tuning for key in line)
     assert tuning[-1]["chosen_weight"] == max(by_weight, key=by_weight.get)
     assert [line["method"] for line in compared] == ["none", "teacher", "drd"]
@@ -97,7 +98,7 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     written = (folder / "compare.jsonl").read_bytes()
     run_study(monkeypatch, tiny)
     assert (folder / "compare.jsonl").read_bytes() == written
-    assert "5 runs, 5 of them finished before" in capsys.readouterr().out
+    assert "6 runs, 6 of them finished before" in capsys.readouterr().out
 
 
 def test_a_teacher_that_was_trained_before_is_only_scored(tiny, monkeypatch):
@@ -185,12 +186,13 @@ def test_every_method_is_compared_once_as_soon_as_it_is_tuned_before_other_folds
     tuning = {name: [(first, name, w, 0, "tune") for w in study.methods[name].weights] for name in ("drd", "kd")}
     rows, missing, cells = shown({})
     others = [(first, "none", None, 1, "compare"), *((second, "none", None, fold, "compare") for fold in (0, 1))]
-    assert rows == [(first, "none", None, 0, "compare"), *tuning["drd"], *tuning["kd"], *others]
+    alone = [(first, "none", None, 0, stage) for stage in ("tune", "compare")]
+    assert rows == [*alone, *tuning["drd"], *tuning["kd"], *others]
     assert len(missing) == 2 and all("is not chosen yet" in reason for reason in missing)
 
     lines = {cell.command: {"validation_mean_iou": cell.facts["weight"]} for cell in cells if "drd" in cell.command}
     rows, missing, cells = shown(lines)
-    here = [(first, "none", None, 0, "compare"), *tuning["drd"], (first, "drd", 1, 0, "compare"), *tuning["kd"]]
+    here = [*alone, *tuning["drd"], (first, "drd", 1, 0, "compare"), *tuning["kd"]]
     there = [
         (p, m, w, f, "compare")
         for p, f in ((first, 1), (second, 0), (second, 1))
@@ -212,7 +214,12 @@ def test_a_fold_for_the_weights_alone_is_not_compared(tiny, tmp_path):
     scores = {cell.command: {"validation_mean_iou": 0.5} for cell in compare.plan(study, options_of(), {})[0]}
     cells, missing = compare.plan(study, options_of(), scores)
     where = [(cell.facts["method"], cell.facts["fold"], cell.facts["stage"]) for cell in cells]
-    assert where == [("none", 0, "compare"), *[("drd", 1, "tune")] * len(weights), ("drd", 0, "compare")]
+    assert where == [
+        ("none", 1, "tune"),
+        ("none", 0, "compare"),
+        *[("drd", 1, "tune")] * len(weights),
+        ("drd", 0, "compare"),
+    ]
     assert not missing
     assert all("test" not in cell.words for cell in cells if cell.facts["fold"] == 1)
     with pytest.raises(UserError, match="folds: 1 is not in the study"):
@@ -414,12 +421,18 @@ def test_tables_of_chosen_weights_and_of_variants_read_the_runs_that_they_name(m
         for w in weights
         for seed in (0, 1)
     ]
+    chosen += [
+        run("none", None, seed=seed, fold=3, steps=200, pair=pair, stage="tune", command=f"none {seed}")
+        | {"validation_mean_iou": score}
+        for seed, score in enumerate((0.40, 0.42))
+    ]
     monkeypatch.setattr(tables, "read_lines", lambda path: chosen if "tuning" in path.name else compared)
-    head, _, dist, kd = tables.compare_tuned().splitlines()
+    head, _, dist, kd, alone = tables.compare_tuned().splitlines()
     assert dist == (
         "| `dist` | 0.1: diverged, 1: 30.0, 10: 40.0, 100: 30.0 | 10 | -10.0 (n 1) | +10.0 (n 1) | +20.0 (n 1) | |"
     )  # not the 0.9 of another weight, nor the 0.4 of the published one
     assert kd == "| `kd` | 0.1: diverged, 1: 40.0, 10: 30.0 | 1 (published) | | | | |"
+    assert alone == "| student alone | 41.0 | | | | | |"
     rows = tables.compare_ablations().splitlines()[2:]
     assert rows == [
         f"| `c` | +30.0 (n 1) | `{OURS}` | -10.0 (n 1) |",

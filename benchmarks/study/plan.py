@@ -372,15 +372,18 @@ def tuned_on(study: Study, pair: str, method: Method) -> str | None:
 def candidates(study: Study, pair: str, method: Method, root: Path) -> list[Cell]:
     """The runs, one for each weight and seed, by which the weight of `method` is chosen for `pair`.
 
-    None where it has no candidates itself.
+    None where it has no candidates itself. Where others have, the student alone has one for each seed, to see them against.
     """
-    pair = tuned_on(study, pair, method)
-    if pair is None or method.like is not None:
+    weights, where = method.weights, tuned_on(study, pair, method)
+    if method.name == ALONE:
+        weights = (None,)
+        where = next(filter(None, (tuned_on(study, pair, other) for other in study.methods.values())), None)
+    if where is None or method.like is not None:
         return []
     return [
-        student_cell(study, pair, method, weight, study.tuning["fold"], seed, root, "tune")
+        student_cell(study, where, method, weight, study.tuning["fold"], seed, root, "tune")
         for seed in study.tuning["seeds"]
-        for weight in method.weights
+        for weight in weights
     ]
 
 
