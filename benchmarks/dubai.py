@@ -1,4 +1,4 @@
-"""Student alone, with logit distillation, with Dual Relation Distillation, and with both, on aerial_dubai.
+"""Student alone, with the default, with the plain form of relations, with logit distillation, and with both, on aerial_dubai.
 
     python benchmarks/dubai.py choose     # candidates on the validation tile -> benchmarks/results/dubai_choice.json
     python benchmarks/dubai.py            # the comparison on the test tiles  -> benchmarks/results/dubai.json
@@ -43,6 +43,7 @@ CANDIDATES = {
 }
 METHODS = {
     "none": None,
+    "default": "--method drd_channels drd_classes",  # of distill.py
     "logit": weights(0, 0, 1),
     "drd_3_3": weights(3, 3),
     "drd_3_3_logit": weights(3, 3, 1),
