@@ -60,7 +60,7 @@ compare: $(READY)  ## DRD among all other methods: STUDY=FILE; days on CPU, star
 cards: $(READY)  ## the cards of model_cards/ from the runs of make demo and make dubai
 	$(BIN)/python scripts/make_card.py --run demo/student --output model_cards/scenes_upernet-mini_from_upernet-small \
 		--name scenes_upernet-mini_from_upernet-small
-	$(BIN)/python scripts/make_card.py --run runs/dubai/drd_3_3_steps600_seed0 --dataset data/dubai \
+	$(BIN)/python scripts/make_card.py --run runs/dubai/default_steps600_seed0 --dataset data/dubai \
 		--teacher runs/dubai/upernet-lite2 --student_alone runs/dubai/none_steps600_seed0 \
 		--output model_cards/dubai_segformer-b0-half_from_upernet-lite2 --name dubai_segformer-b0-half_from_upernet-lite2
 

@@ -25,6 +25,7 @@ from benchmarks.study.plan import (  # noqa: E402
     Cell,
     Method,
     Study,
+    best_weight,
     candidates,
     choose,
     read_study,
@@ -59,14 +60,10 @@ def chosen_weight(study: Study, pair: str, method: Method, lines: dict[str, dict
         raise UserError(
             f"the weight of {method.name} for {where} is not chosen yet: run --stage tune, or give `weight`"
         )
-    scores = {
-        weight: sum(of_seeds) / len(of_seeds)
-        for weight, of_seeds in scores_of(cells, lines).items()
-        if None not in of_seeds
-    }
-    if not scores:
+    weight, _ = best_weight(scores_of(cells, lines))
+    if weight is None:
         raise UserError(f"{method.name} diverged with every one of its weights for {where}: give smaller ones")
-    return max(scores, key=scores.get)
+    return weight
 
 
 def scores_of(cells: list[Cell], lines: dict[str, dict]) -> dict[float, list[float | None]]:
@@ -91,9 +88,9 @@ def record_choices(study: Study, asked: dict[str, tuple[list[str], list[Method]]
         cells = [] if pair is None else candidates(study, pair, method, ROOT)
         if not cells or any(cell.command not in lines for cell in cells):
             continue
-        scores = {f"{weight:g}": of_seeds for weight, of_seeds in scores_of(cells, lines).items()}
-        diverged = all(None in of_seeds for of_seeds in scores.values())
-        weight = None if diverged else chosen_weight(study, pair, method, lines)
+        by_weight = scores_of(cells, lines)
+        weight, _ = best_weight(by_weight)
+        scores = {f"{w:g}": of_seeds for w, of_seeds in by_weight.items()}
         choice = {"study": study.name, "dataset": study.dataset, "pair": pair, "method": method.name}
         choice |= {
             **study.tuning,

@@ -18,17 +18,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.study.lines import read_lines  # noqa: E402
-from benchmarks.study.plan import Study, read_study  # noqa: E402
-from benchmarks.study.tables import OURS, difference_text, paired_difference, pooled, rows_of, sections  # noqa: E402
+from benchmarks.study.plan import Study, best_weight, read_study  # noqa: E402
+from benchmarks.study.tables import OURS, by_place, difference_text, paired_difference, pooled, rows_of, sections  # noqa: E402
 
 MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
 MARKER = re.compile(r"^<!-- (?:table: \S+|end) -->$", re.M)
 
 DUBAI = {  # method of dubai.json: how a reader calls it
     "none": "student alone",
+    "default": "+ the default (`drd_channels drd_classes`)",
+    "drd_3_3": "+ the plain form (`drd`)",
     "logit": "+ logit distillation",
-    "drd_3_3": "+ Dual Relation Distillation",
-    "drd_3_3_logit": "+ both",
+    "drd_3_3_logit": "+ the plain form and logit distillation",
 }
 CHOICE = {
     "none": "student alone",
@@ -128,18 +129,24 @@ def dubai() -> str:
 
 
 def dubai_findings() -> str:
-    alone, drd = dubai_scores("none"), dubai_scores("drd_3_3")
-    gains = [ours - theirs for ours, theirs in zip(drd, alone, strict=True)]
-    validation = [dubai_scores(method, "validation_mean_iou") for method in ("drd_3_3", "none")]
-    ahead = sum(ours > theirs for ours, theirs in zip(*validation, strict=True))
-    logit, both = (
-        statistics.mean(dubai_scores(method)) - statistics.mean(alone) for method in ("logit", "drd_3_3_logit")
-    )
+    alone, alone_there = dubai_scores("none"), dubai_scores("none", "validation_mean_iou")
+
+    def gains(method: str) -> list[float]:
+        return [ours - theirs for ours, theirs in zip(dubai_scores(method), alone, strict=True)]
+
+    def finding(method: str) -> str:
+        there = dubai_scores(method, "validation_mean_iou")
+        ahead = sum(ours > theirs for ours, theirs in zip(there, alone_there, strict=True))
+        return (
+            f"changes this student by {statistics.mean(gains(method)):+.3f} mIoU on the test areas on average; with the single seeds "
+            f"by {listed(gains(method), '+.3f')}. On the validation area, the strongest change of domain, it is ahead with {ahead} "
+            f"of {len(there)} seeds ({listed(there)} against {listed(alone_there)})."
+        )
+
+    logit, both = (statistics.mean(gains(method)) for method in ("logit", "drd_3_3_logit"))
     return (
-        f"- Relations change this student by {statistics.mean(gains):+.3f} mIoU on the test areas on average; with the "
-        f"single seeds by {listed(gains, '+.3f')}. On the validation area, the strongest change of domain, it is ahead "
-        f"with {ahead} of {len(gains)} seeds ({listed(validation[0])} against {listed(validation[1])}).\n"
-        f"- Logit distillation at its usual weight changes it by {logit:+.3f} on average, both together by {both:+.3f}."
+        f"- The default {finding('default')}\n- The plain form {finding('drd_3_3')}\n- Logit distillation at its usual weight "
+        f"changes it by {logit:+.3f} on average, both together by {both:+.3f}."
     )
 
 
@@ -293,13 +300,13 @@ OF_FEATURES = (
 )  # these read no class scores
 
 
-def study_lines(study: Study) -> list[dict]:
-    """The finished runs of a study with its own number of steps; those that diverged are left out."""
+def study_lines(study: Study, any_steps: bool = False) -> list[dict]:
+    """The finished runs of a study, with its own number of steps or with any; those that diverged are left out."""
     return [
         line
         for line in read_lines(ROOT / "benchmarks/results/compare.jsonl")
         if line["study"] == study.name
-        and line.get("study_steps", study.steps) == study.steps
+        and (any_steps or line.get("study_steps", study.steps) == study.steps)
         and line.get("test_mean_iou") is not None
     ]
 
@@ -364,65 +371,62 @@ def compare_scores() -> str:
     return table(["test mIoU in percent (runs)", "student alone", f"`{OURS}`"], rows)
 
 
-def tuned() -> tuple[list[dict], float | None]:
-    """Of each method the weight that was chosen, its gain with that one, and the lead of ours: shipped, and chosen likewise.
+def tuned() -> tuple[list[dict], dict, float | None]:
+    """Of each method the weight that was chosen and its runs with that one, {(fold, seed): test mIoU}.
 
-    Where the weight of its paper was chosen, the runs with that one count. The least lead first, then those without runs.
-    Beside them the validation score of the student alone where the weights were chosen, None where it did not run there.
+    Where the weight of its paper was chosen, the runs with that one count. Beside them {method: runs} of those that name no
+    weight, and the validation score of the student alone where the weights were chosen, None where it did not run there.
     """
     study = read_study(ROOT / "benchmarks/study/dubai_tuned.yaml")
-    of_pairs = [{**line, "fold": f"{line['pair']} {line['fold']}"} for line in study_lines(study) if line["pair"]]
-    scores, tried, chosen = scores_by(of_pairs, "method", "weight"), {}, {}
+    of_pairs = [
+        {**line, "fold": f"{line['pair']} {line['steps']} {line['fold']}"}
+        for line in study_lines(study)
+        if line["pair"]
+    ]
+    scores, tried, rows = scores_by(of_pairs, "method", "weight"), {}, []
     here = study.tuned_on, study.tuning["fold"], study.tuning["steps"]
     for line in read_lines(ROOT / "benchmarks/results/compare_tuning.jsonl"):
         if line["study"] == study.name and "command" in line and (line["pair"], line["fold"], line["steps"]) == here:
             tried.setdefault((line["method"], line["weight"]), {})[line["seed"]] = line.get("validation_mean_iou")
 
-    def validation(name: str, weight: float | None) -> float | None:
-        of_seeds = [tried.get((name, weight), {}).get(seed) for seed in study.tuning["seeds"]]
-        return None if None in of_seeds else statistics.mean(of_seeds)
+    def of_seeds(name: str, weight: float | None) -> list[float | None] | None:  # None: not all of them ran
+        found = tried.get((name, weight), {})
+        seeds = study.tuning["seeds"]
+        return [found[seed] for seed in seeds] if found.keys() >= {*seeds} else None
 
     for method in study.methods.values():
-        means = {weight: validation(method.name, weight) for weight in method.weights}
-        if any(means.values()):
-            chosen[method.name] = max((w for w in means if means[w]), key=means.get), means
-
-    def runs(name: str) -> dict:
-        weight = chosen[name][0]
-        return scores.get((name, None if weight == study.methods[name].published else weight), {})
-
-    rows = []
-    for name, (weight, means) in chosen.items():
-        lead = paired_difference(scores[OURS, None], runs(name))
+        ran = {weight: of_seeds(method.name, weight) for weight in sorted(method.weights)}
+        weight, means = best_weight({w: scores for w, scores in ran.items() if scores})
+        if weight is None:
+            continue
+        published = weight == method.published
+        runs = scores.get((method.name, None if published else weight), {})
         rows.append(
-            {
-                "method": name,
-                "weight": weight,
-                "published": weight == study.methods[name].published,
-                "validation": dict(sorted(means.items())),
-                "gain": paired_difference(runs(name), scores["none", None]),
-                "change": paired_difference(runs(name), scores.get((name, None), {})),
-                "lead of features": paired_difference(scores.get(("drd_aligned", None), {}), runs(name)),
-                "lead": lead,
-                "lead of tuned": paired_difference(runs(OURS), runs(name))
-                if OURS in chosen and name != OURS
-                else None,
-            }
+            {"method": method.name, "weight": weight, "published": published, "validation": means, "runs": runs}
         )
-    rows.sort(key=lambda row: math.inf if row["lead"] is None else row["lead"][0])
-    return rows, validation("none", None)
+    own = {name: runs for (name, weight), runs in scores.items() if weight is None}
+    alone = of_seeds("none", None)
+    return rows, own, statistics.mean(alone) if alone else None
 
 
 def compare_tuned() -> str:
-    rows, (found, alone) = [], tuned()
+    """Of each method the weight that was chosen, its gain with that one, and the lead of ours: shipped, and chosen likewise.
+
+    The least lead first, then those without runs.
+    """
+    found, own, alone = tuned()
+    ours, rows = next((row["runs"] for row in found if row["method"] == OURS), {}), []
     for row in found:
-        tried, weight = row["validation"], row["weight"]
+        tried, weight, runs, method = row["validation"], row["weight"], row["runs"], row["method"]
         shown = [f"{w:g}: {'diverged' if mean is None else f'{100 * mean:.1f}'}" for w, mean in tried.items()]
         end = ", the lowest" * (weight == min(tried)) + ", the highest" * (weight == max(tried))
         note = f"{weight:g}{' (published)' * row['published']}{end}"
-        change = None if row["published"] else row["change"]
-        differences = map(_difference, (change, row["gain"], row["lead"], row["lead of tuned"]))
-        rows.append([f"`{row['method']}`", ", ".join(shown), note, *differences])
+        change = None if row["published"] else paired_difference(runs, own.get(method, {}))
+        lead, gain = paired_difference(own[OURS], runs), paired_difference(runs, own["none"])
+        likewise = None if method == OURS else paired_difference(ours, runs)
+        differences = map(_difference, (change, gain, lead, likewise))
+        rows.append((math.inf if lead is None else lead[0], [f"`{method}`", ", ".join(shown), note, *differences]))
+    rows = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
     if alone is not None:
         rows.append(["student alone", f"{100 * alone:.1f}", *[""] * 5])
     head = ["method", "validation mIoU by weight", "chosen", "change from the published weight"]
@@ -434,21 +438,14 @@ def compare_tuned() -> str:
 
 
 def compare_tuned_findings() -> str:
-    found, alone = tuned()
-    rows = [row for row in found if row["lead"] and not row["method"].startswith("drd")]
-    runs = [row["lead"][3] for row in rows]
+    """Where the choice ended: methods with another weight than the published one, of no help, or at the end of what was tried."""
+    found, _, alone = tuned()
+    rows = [row for row in found if not row["method"].startswith("drd")]
     changed = sum(not row["published"] for row in rows)
-    best = next(row for row in rows if 2 * row["lead"][3] >= max(runs))
     lowest = [f"`{row['method']}`" for row in rows if row["weight"] == min(row["validation"])]
     no_help = [f"`{row['method']}`" for row in rows if row["validation"][row["weight"]] <= (alone or 0)]
-    of_features = [row for row in rows if row["method"] in OF_FEATURES and 2 * row["lead"][3] >= max(runs)]
-    feature = min(of_features, key=lambda row: row["lead of features"])
     return (
-        f"With a weight chosen for each of them on areas that are tested nowhere ({changed} of {len(rows)} then have another than "
-        f"the published one), `{best['method']}` comes nearest: the default, with the weights it ships with, leads it by "
-        f"{_difference(best['lead'])} points, {between((100 * row['lead'][0] for row in rows), '.1f')} over all methods, "
-        f"{min(runs)} to {max(runs)} runs each. Of the losses of features `{feature['method']}` comes nearest to `drd_aligned`, which "
-        f"leads it by {_difference(feature['lead of features'])}."
+        f"Of {len(rows)} methods of other papers {changed} then have another weight than the published one."
         + f" On the areas of the choice {', '.join(no_help)} are not ahead of the student alone with any weight."
         * bool(no_help)
         + f" Of {', '.join(lowest)} the lowest weight tried was the best: the smaller, the nearer to the student alone."
@@ -481,26 +478,47 @@ def compare_ablations() -> str:
     return table(["variant", "gain over the student alone", "against", "change"], rows)
 
 
-def compare_findings() -> str:
-    """What the rows of all pairs say of ours and of features alone, and how much of the others was run."""
-    everything, found = compared()
-    rows = {row["method"]: row for row in everything}
-    others = [row for row in everything if row["behind"] and not row["method"].startswith(("drd", "none"))]
-    runs = [row["runs"] for row in others]
-    often = [row for row in others if 2 * row["runs"] >= max(runs)]
-    best = min(often, key=lambda row: row["behind"][0])
-    of_features, scores = [], scores_by(compared_lines(), "method")
-    for row in often:
-        if row["method"] in OF_FEATURES:
-            lead = paired_difference(scores["drd_aligned",], scores[row["method"],])
-            of_features.append((lead, row["method"]))
-    lead, nearest = min(of_features)
-    return (
-        f"Over {len(found)} pairs of models the default gains {difference_text(rows[OURS]['gain'])} points over the student alone. "
-        f"{len(others)} methods of other papers have run, {min(runs)} to {max(runs)} times each; of those that ran at least half as often as the "
-        f"most, `{best['method']}` comes nearest: the default leads it by {difference_text(best['behind'])}. `drd_aligned`, of features alone, gains "
-        f"{difference_text(rows['drd_aligned']['gain'])}; of the losses of features `{nearest}` comes nearest, led by {difference_text(lead)}."
-    )
+def compare_summary() -> str:
+    """The default and features alone against the student alone and the nearest of the others, as published and chosen.
+
+    Nearest of those that ran at least half as often as the most: a single run is no rival.
+    """
+    own = {method: runs for (method,), runs in scores_by(compared_lines(), "method").items()}
+    published = {name: runs for name, runs in own.items() if not name.startswith(("drd", "none"))}
+    chosen = {row["method"]: row["runs"] for row in tuned()[0] if not row["method"].startswith("drd") and row["runs"]}
+    default, features = f"the default (`{OURS}`)", "`drd_aligned`, of features alone"
+    rows = []
+    for ours, name, of_features in ((OURS, default, False), ("drd_aligned", features, True)):
+        rows.append([f"{name}, over the student alone", *_runs_and_places(own[ours], own["none"])])
+        for others, weights in ((published, "published weights"), (chosen, "chosen weights")):
+            most = max(map(len, others.values()))
+            rivals = [m for m in others if 2 * len(others[m]) >= most and (m in OF_FEATURES or not of_features)]
+            leads = {rival: paired_difference(own[ours], others[rival])[0] for rival in rivals}
+            nearest = min(leads, key=leads.get)
+            what = f"over `{nearest}`, the nearest {'loss of features' if of_features else 'of all others'}, {weights}"
+            rows.append([what, *_runs_and_places(own[ours], others[nearest])])
+    return table(["points of test mIoU", "run by run", "place by place"], rows)
+
+
+def compare_schedules() -> str:
+    """Where a pair ran for several numbers of steps: the student alone and ours, in the runs that all of these have."""
+    lines = [line for line in study_lines(published(), any_steps=True) if not line.get("tuned_on")]
+    scores = scores_by([line for line in lines if line["method"] in ("none", OURS)], "pair", "steps", "method")
+    rows = []
+    for pair in sorted({pair for pair, *_ in scores}):
+        schedules = sorted({steps for of_pair, steps, _ in scores if of_pair == pair})
+        of_pair = {(n, m): scores.get((pair, n, m), {}) for n in schedules for m in ("none", OURS)}
+        shared = set.intersection(*(set(runs) for runs in of_pair.values()))
+        for steps in schedules if len(schedules) > 1 and shared else ():
+            alone, ours = ({run: of_pair[steps, m][run] for run in shared} for m in ("none", OURS))
+            means = [f"{100 * statistics.mean(runs.values()):.1f}" for runs in (alone, ours)]
+            rows.append([_arrow(pair), str(steps), *means, _difference(paired_difference(ours, alone))])
+    return table(["", "steps", "student alone", f"`{OURS}`", "gain"], rows)
+
+
+def _runs_and_places(ours: dict, theirs: dict) -> tuple[str, str]:
+    """The difference over all runs, and with one value for each pair and fold."""
+    return _difference(paired_difference(ours, theirs)), _difference(by_place(ours, theirs))
 
 
 def _difference(found: tuple | None) -> str:
@@ -515,8 +533,8 @@ def _arrow(pair: str) -> str:
 TABLES = {
     "compare": compare,
     "compare-ablations": compare_ablations,
-    "compare-findings": compare_findings,
     "compare-scores": compare_scores,
+    "compare-summary": compare_summary,
     "compare-tuned": compare_tuned,
     "compare-tuned-findings": compare_tuned_findings,
     "demo": demo,

@@ -3,7 +3,7 @@ r"""Draw the relations that distillation transfers: of chosen pixels to all othe
 python scripts/show_relations.py --teacher runs/teacher --student runs/student --image tile.png --output relations.png
 
 docs/images/relations.png, after `make dubai`:
-python scripts/show_relations.py --teacher runs/dubai/upernet-lite2 --student runs/dubai/drd_3_3_steps600_seed0 \
+python scripts/show_relations.py --teacher runs/dubai/upernet-lite2 --student runs/dubai/default_steps600_seed0 \
     --student_alone runs/dubai/none_steps600_seed0 --image "../shared/data/aerial_dubai/Tile 8/images/image_part_001.jpg" \
     --box 600 300 1432 1132 --scale 0.5 --output docs/images/relations.png
 """

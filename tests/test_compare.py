@@ -26,7 +26,7 @@ from benchmarks.study import lines as results  # noqa: E402
 from benchmarks.study.cells import run_cells  # noqa: E402
 from benchmarks.study.data import keep_labels, labelled_sources  # noqa: E402
 from benchmarks.study.plan import candidates, read_study, student_cell, teacher_cell  # noqa: E402
-from benchmarks.study.tables import OURS, collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
+from benchmarks.study.tables import OURS, by_place, collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
 from scripts import distill, train_teacher  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
@@ -586,6 +586,16 @@ def line(method, fold, seed, score, options="", labelled=1.0, **others):
         **{"student": {"model": "m"}, "tuned_on": None, "code": "c", "finished": "2026-01-01T00:00:00+00:00"},
     }
     return {**facts, **others}
+
+
+def test_of_each_place_there_is_one_difference():
+    """Three seeds of one fold are not three places."""
+    ours = {("a", 0): 0.5, ("a", 1): 0.7, ("b", 0): 0.4, ("c", 0): 0.9}
+    theirs = {("a", 0): 0.4, ("a", 1): 0.4, ("b", 0): 0.3, ("c", 1): 0.9}
+    mean, low, high, n = by_place(ours, theirs)
+    assert n == 2 and mean == pytest.approx(0.15)
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t with one degree
+    assert by_place(ours, {}) is None
 
 
 def test_rows_compare_runs_with_the_same_labels_fold_and_seed():

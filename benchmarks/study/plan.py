@@ -387,6 +387,13 @@ def candidates(study: Study, pair: str, method: Method, root: Path) -> list[Cell
     ]
 
 
+def best_weight(by_weight: dict[float, list[float | None]]) -> tuple[float | None, dict[float, float | None]]:
+    """The weight with the highest mean score, None where there is none, and the means: None where a seed diverged (None)."""
+    means = {w: None if None in of_seeds else sum(of_seeds) / len(of_seeds) for w, of_seeds in by_weight.items()}
+    finite = {weight: mean for weight, mean in means.items() if mean is not None}
+    return max(finite, key=finite.get, default=None), means
+
+
 def _facts(study: Study, teacher: str, labelled: float, fold: int) -> dict:
     return {
         "study": study.name,

@@ -34,6 +34,18 @@ def paired_difference(ours: dict, theirs: dict) -> tuple[float, float, float, in
     return mean, mean - half, mean + half, n
 
 
+def by_place(ours: dict, theirs: dict) -> tuple[float, float, float, int] | None:
+    """`paired_difference` of {(fold, seed): score} with one difference for each fold, the mean over its seeds.
+
+    Runs of one fold share teacher, training and test images; their number says nothing about other places.
+    """
+    differences = {}
+    for fold, seed in sorted(ours.keys() & theirs.keys()):
+        differences.setdefault(fold, []).append(ours[fold, seed] - theirs[fold, seed])
+    means = {fold: statistics.mean(of_fold) for fold, of_fold in differences.items()}
+    return paired_difference(means, dict.fromkeys(means, 0.0))
+
+
 def sections(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     """(title, lines) of the same students, trained in the same way; of a repeated run only the last line."""
     last = {line["command"]: line for line in lines if line.get("pair")}
