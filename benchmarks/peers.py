@@ -31,6 +31,18 @@ def plain_channel_attention(student, teacher, projection=None, **_):
     return (torch.softmax(s @ s.mT, dim=-1) - torch.softmax(t @ t.mT, dim=-1)).square().mean()
 
 
+def plain_spatial_aligned(student, teacher, **_):
+    """The distance of `drd_hf.spatial_alignment_distance` with the maps of all positions of the batch in memory."""
+    x, z = _centred(student), _centred(teacher)
+    x_map, z_map = x.mT @ x, z.mT @ z
+    return 1 - (x_map * z_map).sum() / (x_map.norm() * z_map.norm())
+
+
+def plain_channel_aligned(student, teacher, projection=None, **_):
+    """The distance of `drd_hf.channel_alignment_distance`, without its care of constant channels."""
+    return 1 - F.cosine_similarity(_centred(_projected(student, projection)), _centred(teacher), dim=1).mean()
+
+
 def skd_pairwise(student, teacher, **_):
     """Structured knowledge distillation: cosine maps of the positions that a 2x2 max-pooling leaves."""
     s, t = (F.normalize(F.max_pool2d(f, 2, ceil_mode=True).flatten(2), dim=1) for f in (student, teacher))
@@ -108,3 +120,9 @@ def pixel_kd(student, teacher, **_):
 
 def _projected(features, projection):
     return features if projection is None else F.conv2d(features, projection[:, :, None, None])
+
+
+def _centred(features):
+    """(C, B N), each channel less its mean in the image."""
+    features = features.flatten(2)
+    return (features - features.mean(dim=2, keepdim=True)).transpose(0, 1).flatten(1)

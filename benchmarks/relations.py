@@ -2,6 +2,9 @@
 
     python benchmarks/relations.py                    # the full table: about 15 minutes on 2 cores
     python benchmarks/relations.py --sizes 32 64      # a part of it
+    python benchmarks/relations.py --batch 4 --sizes 16 32 48 --output benchmarks/results/relations_aligned.json --methods \
+        "spatial aligned, plain" "spatial aligned" "bare products" "channel aligned, plain" "channel aligned" \
+        "bare products, projection"                   # the form that relates all positions of a batch
 
 Forward and backward of one loss on features of C_s 256 and C_t 768 channels. Prints a table and writes
 benchmarks/results/relations.json (relations_cuda.json on a GPU). Columns:
@@ -29,7 +32,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import peers
-from drd_hf.relations import channel_relation_distance, cosine_route, spatial_relation_distance
+from drd_hf.relations import (
+    channel_alignment_distance,
+    channel_relation_distance,
+    cosine_route,
+    spatial_alignment_distance,
+    spatial_relation_distance,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 C_S, C_T = 256, 768
@@ -45,8 +54,16 @@ def bare(student, teacher, with_teacher_term: bool) -> None:
         a @ s, p @ t
 
 
-def multiplications(method: str, n: int) -> int | None:
-    """Of the matrix products, forward and backward, in the formula that each method uses."""
+def bare_projection(student, teacher, projection) -> None:
+    """The products that projecting the student needs alone, forward and backward."""
+    with torch.no_grad():
+        s, gradient = student.transpose(0, 1).flatten(1), teacher.transpose(0, 1).flatten(1)
+        projection @ s
+        gradient @ s.mT, projection.mT @ gradient
+
+
+def multiplications(method: str, n: int, batch: int) -> int | None:
+    """Of the matrix products, forward and backward, in the formula that each method uses, for each image."""
     k, m = C_S, C_T
     direct = n * n * (2 * k + m)
     return {
@@ -59,6 +76,11 @@ def multiplications(method: str, n: int) -> int | None:
         "bare products, no teacher term": n * (2 * k * k + 2 * k * m),
         "spatial attention": n * n * (3 * k + m),
         "spatial attention, plain": n * n * (3 * k + m),
+        "spatial aligned": n * (3 * k * k + 2 * k * m + m * m),
+        "spatial aligned, plain": batch * n * n * (3 * k + m),
+        "channel aligned": 3 * n * k * m,
+        "channel aligned, plain": 3 * n * k * m,
+        "bare products, projection": 3 * n * k * m,
     }.get(method)
 
 
@@ -76,6 +98,11 @@ METHODS = {
     "channel attention": lambda s, t, projection, **_: channel_relation_distance(
         s, t, "attention", projection=projection
     ),
+    "spatial aligned, plain": peers.plain_spatial_aligned,
+    "spatial aligned": lambda s, t, **_: spatial_alignment_distance(s, t),
+    "channel aligned, plain": peers.plain_channel_aligned,
+    "channel aligned": lambda s, t, projection, **_: channel_alignment_distance(s, t, projection=projection),
+    "bare products, projection": lambda s, t, projection, **_: bare_projection(s, t, projection),
     "SKD pair-wise": peers.skd_pairwise,
     "IFVD": peers.ifvd,
     "CIRKD mini-batch": peers.cirkd_minibatch,
@@ -84,6 +111,12 @@ METHODS = {
     "AT": peers.at,
 }
 PLAIN = {name: f"{name.split(',')[0]}, plain" for name in METHODS if name.startswith(("spatial", "channel"))}
+BARE = {
+    "spatial cosine": "bare products",
+    "spatial cosine, no teacher term": "bare products, no teacher term",
+    "spatial aligned": "bare products",
+    "channel aligned": "bare products, projection",
+}
 # N x N maps of more positions than this do not fit a small machine.
 LARGEST = {name: 128 for name in METHODS if "attention" in name or "plain" in name or name.startswith("CIRKD")}
 
@@ -199,11 +232,9 @@ def main() -> None:
         methods = [name for name in args.methods if size <= LARGEST.get(name, size)]
         seconds = timings(methods, size, args.batch, args.device, dtype, args.seconds)
         for method in methods:
-            spent, count = seconds[method], multiplications(method, size * size)
+            spent, count = seconds[method], multiplications(method, size * size, args.batch)
             plain = seconds.get(PLAIN.get(method))
-            products = seconds.get("bare products" + ", no teacher term" * method.endswith("no teacher term"))
-            if method not in ("spatial cosine", "spatial cosine, no teacher term"):
-                products = None
+            products = seconds.get(BARE.get(method))
             row = {
                 "size": size,
                 "method": method,

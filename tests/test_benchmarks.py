@@ -12,7 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from drd_hf.relations import channel_relation_distance, spatial_relation_distance
+from drd_hf.relations import (
+    channel_alignment_distance,
+    channel_relation_distance,
+    spatial_alignment_distance,
+    spatial_relation_distance,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,6 +38,11 @@ def test_what_is_timed_against_each_other_is_the_same_loss():
         torch.testing.assert_close(spatial_relation_distance(student, teacher, relation), plain)
         plain = getattr(peers, f"plain_channel_{relation}")(student, teacher, projection=weight)
         torch.testing.assert_close(channel_relation_distance(student, teacher, relation, projection=weight), plain)
+    torch.testing.assert_close(
+        spatial_alignment_distance(student, teacher), peers.plain_spatial_aligned(student, teacher)
+    )
+    plain = peers.plain_channel_aligned(student, teacher, projection=weight)
+    torch.testing.assert_close(channel_alignment_distance(student, teacher, projection=weight), plain)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_losses_of_others_are_zero_between_equals_and_positive_otherwise(name):
 
 
 def test_the_benchmark_of_relations_prints_a_table_and_writes_json(tmp_path):
-    methods = ["spatial cosine", "spatial cosine, plain"]
+    methods = ["spatial cosine", "spatial cosine, plain", "spatial aligned", "bare products, projection"]
     printed = run(
         "relations.py", "--sizes", "16", "--seconds", "0.05", "--output", tmp_path / "r.json", "--methods", *methods
     )
