@@ -501,19 +501,25 @@ def compare_summary() -> str:
 
 
 def compare_schedules() -> str:
-    """Where a pair ran for several numbers of steps: the student alone and ours, in the runs that all of these have."""
-    lines = [line for line in study_lines(published(), any_steps=True) if not line.get("tuned_on")]
-    scores = scores_by([line for line in lines if line["method"] in ("none", OURS)], "pair", "steps", "method")
-    rows = []
+    """Where a pair ran for several numbers of steps: the student alone, ours and `dist`, in the runs that all schedules have."""
+    lines = [
+        line
+        for line in study_lines(published(), any_steps=True)
+        if line["stage"] == "compare" and not line.get("tuned_on")
+    ]
+    scores, rows = scores_by(lines, "pair", "steps", "method"), []
     for pair in sorted({pair for pair, *_ in scores}):
         schedules = sorted({steps for of_pair, steps, _ in scores if of_pair == pair})
-        of_pair = {(n, m): scores.get((pair, n, m), {}) for n in schedules for m in ("none", OURS)}
-        shared = set.intersection(*(set(runs) for runs in of_pair.values()))
-        for steps in schedules if len(schedules) > 1 and shared else ():
-            alone, ours = ({run: of_pair[steps, m][run] for run in shared} for m in ("none", OURS))
+        of_pair = [[scores.get((pair, steps, method), {}) for method in ("none", OURS, "dist")] for steps in schedules]
+        shared = set.intersection(*(alone.keys() & ours.keys() for alone, ours, _ in of_pair))
+        for steps, (alone, ours, dist) in (
+            zip(schedules, of_pair, strict=True) if len(schedules) > 1 and shared else ()
+        ):
+            alone, ours = ({run: runs[run] for run in shared} for runs in (alone, ours))
             means = [f"{100 * statistics.mean(runs.values()):.1f}" for runs in (alone, ours)]
-            rows.append([_arrow(pair), str(steps), *means, _difference(paired_difference(ours, alone))])
-    return table(["", "steps", "student alone", f"`{OURS}`", "gain"], rows)
+            differences = _difference(paired_difference(ours, alone)), _difference(paired_difference(ours, dist))
+            rows.append([_arrow(pair), str(steps), *means, *differences])
+    return table(["", "steps", "student alone", f"`{OURS}`", "gain", "lead over `dist`"], rows)
 
 
 def _runs_and_places(ours: dict, theirs: dict) -> tuple[str, str]:
@@ -533,6 +539,7 @@ def _arrow(pair: str) -> str:
 TABLES = {
     "compare": compare,
     "compare-ablations": compare_ablations,
+    "compare-schedules": compare_schedules,
     "compare-scores": compare_scores,
     "compare-summary": compare_summary,
     "compare-tuned": compare_tuned,
