@@ -190,6 +190,31 @@ def relations_findings() -> str:
     )
 
 
+ALIGNED = {
+    "spatial aligned": "spatial, aligned",
+    "spatial aligned, plain": "its plain definition",
+    "bare products": "the bare matrix products of the identity",
+    "channel aligned": "channel, aligned, projected",
+    "channel aligned, plain": "its plain definition",
+    "bare products, projection": "the bare products of the projection",
+}
+
+
+def relations_aligned() -> str:
+    found = read("relations_aligned")
+    rows = {(row["method"], row["size"]): row for row in found["rows"]}
+    sizes = sorted({size for _, size in rows})
+    body = [
+        [
+            name,
+            *(f"{rows[method, size]['milliseconds']:.0f} ms" for size in sizes),
+            f"{rows[method, sizes[-1]]['peak_megabytes']:.0f} MB",
+        ]
+        for method, name in ALIGNED.items()
+    ]
+    return table(["", *(f"{size} x {size}" for size in sizes), f"peak memory at {sizes[-1]} x {sizes[-1]}"], body)
+
+
 def share(name: str) -> str:
     percent = 100 * read("step")["share_of_teacher_and_student"][name]
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %" if percent >= 0.1 else "less than 0.1 %"
@@ -341,9 +366,11 @@ def compared() -> tuple[list[dict], dict[str, dict]]:
 def compare() -> str:
     """Gain of every method over the student alone, for each pair and over all, and how far ours is ahead of it.
 
-    All are differences of runs with the same pair, fold and seed: methods have run on different ones.
+    All are differences of runs with the same pair, fold and seed. Methods have run on different ones, so that the lead over a
+    method stands beside that over the student alone in the same runs.
     """
     everything, found = compared()
+    scores = {method: runs for (method,), runs in scores_by(compared_lines(), "method").items()}
 
     def behind(row: dict) -> float:
         return row["behind"][0] if row["behind"] else 0.0
@@ -351,8 +378,13 @@ def compare() -> str:
     rows = []
     for row in sorted((row for row in everything if row["gain"]), key=behind):
         gains = [of_pair.get(row["method"], {}).get("gain") for of_pair in found.values()]
-        rows.append([f"`{row['method']}`", *map(_difference, [*gains, row["gain"], row["behind"]])])
-    return table(["method", *(f"gain, {_arrow(pair)}" for pair in found), "gain, all", f"lead of `{OURS}`"], rows)
+        in_same = {run: score for run, score in scores[OURS].items() if run in scores[row["method"]]}
+        same = None if row["method"] == OURS else paired_difference(in_same, scores["none"])
+        shown = "" if same is None else f"{100 * same[0]:+.1f}"
+        rows.append([f"`{row['method']}`", *map(_difference, [*gains, row["gain"], row["behind"]]), shown])
+    pairs = (f"gain, {_arrow(pair)}" for pair in found)
+    head = ["method", *pairs, "gain, all", f"lead of `{OURS}`", "its lead over the student alone in these runs"]
+    return table(head, rows)
 
 
 def compare_scores() -> str:
@@ -486,45 +518,84 @@ def compare_summary() -> str:
     own = {method: runs for (method,), runs in scores_by(compared_lines(), "method").items()}
     published = {name: runs for name, runs in own.items() if not name.startswith(("drd", "none"))}
     chosen = {row["method"]: row["runs"] for row in tuned()[0] if not row["method"].startswith("drd") and row["runs"]}
-    default, features = f"the default (`{OURS}`)", "`drd_aligned`, of features alone"
     rows = []
+
+    def add(what: str, ours: dict, theirs: dict, apart: bool = False) -> None:
+        def fold_of(pair_and_fold: str) -> str:
+            return pair_and_fold.rpartition(" ")[2]
+
+        if apart:
+            ours = {run: score for run, score in ours.items() if fold_of(run[0]) != "0"}
+        found = paired_difference(ours, theirs), by_place(ours, theirs), by_place(ours, theirs, fold_of)
+        rows.append([what, *map(_difference, found)])
+
+    default, features = f"the default (`{OURS}`)", "`drd_aligned`, of features alone"
     for ours, name, of_features in ((OURS, default, False), ("drd_aligned", features, True)):
-        rows.append([f"{name}, over the student alone", *_runs_and_places(own[ours], own["none"])])
+        add(f"{name}, over the student alone", own[ours], own["none"])
         for others, weights in ((published, "published weights"), (chosen, "chosen weights")):
             most = max(map(len, others.values()))
             rivals = [m for m in others if 2 * len(others[m]) >= most and (m in OF_FEATURES or not of_features)]
             leads = {rival: paired_difference(own[ours], others[rival])[0] for rival in rivals}
             nearest = min(leads, key=leads.get)
             what = f"over `{nearest}`, the nearest {'loss of features' if of_features else 'of all others'}, {weights}"
-            rows.append([what, *_runs_and_places(own[ours], others[nearest])])
-    return table(["points of test mIoU", "run by run", "place by place"], rows)
+            add(what, own[ours], others[nearest])
+            if others is published and not of_features:
+                rival = nearest
+        if not of_features:
+            add("over `drd_aligned`", own[ours], own["drd_aligned"])
+    for theirs in ("none", rival, "drd_aligned"):
+        shown = "the student alone" if theirs == "none" else f"`{theirs}`"
+        add(f"without fold 0: the default over {shown}", own[OURS], own[theirs], apart=True)
+    return table(["points of test mIoU", "run by run", "one value a pair and fold", "one value a fold"], rows)
+
+
+def compare_combined() -> str:
+    """Losses together and with other settings, each with every student: mean scores, and differences run by run."""
+    study = read_study(ROOT / "benchmarks/study/dubai_combined.yaml")
+    lines = [line for line in study_lines(study) if line["pair"]]
+    options = {line["method"]: line["options"] for line in lines}
+    of_pairs = scores_by(lines, "method", "pair")
+    of_all = scores_by([{**line, "fold": f"{line['pair']} {line['fold']}"} for line in lines], "method")
+    pairs = sorted({pair for _, pair in of_pairs})
+    rows = []
+    for (method,), scores in of_all.items():
+        means = [
+            f"{100 * statistics.mean(of_pairs[method, p].values()):.1f}" if (method, p) in of_pairs else ""
+            for p in pairs
+        ]
+        lead = paired_difference(of_all[OURS,], scores)
+        gain = None if method == "none" else paired_difference(scores, of_all["none",])
+        name = f"`{options[method]}`" if options[method] else "student alone"
+        rows.append((lead[0], [name, *means, _difference(gain), "" if method == OURS else _difference(lead)]))
+    head = ["", *(f"test mIoU, {_arrow(pair)}" for pair in pairs), "gain over the student alone", f"lead of `{OURS}`"]
+    return table(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
 
 
 def compare_schedules() -> str:
     """Where a pair ran for several numbers of steps: the student alone, ours and `dist`, in the runs that all schedules have."""
-    lines = [
-        line
-        for line in study_lines(published(), any_steps=True)
-        if line["stage"] == "compare" and not line.get("tuned_on")
-    ]
-    scores, rows = scores_by(lines, "pair", "steps", "method"), []
-    for pair in sorted({pair for pair, *_ in scores}):
-        schedules = sorted({steps for of_pair, steps, _ in scores if of_pair == pair})
-        of_pair = [[scores.get((pair, steps, method), {}) for method in ("none", OURS, "dist")] for steps in schedules]
-        shared = set.intersection(*(alone.keys() & ours.keys() for alone, ours, _ in of_pair))
-        for steps, (alone, ours, dist) in (
-            zip(schedules, of_pair, strict=True) if len(schedules) > 1 and shared else ()
-        ):
-            alone, ours = ({run: runs[run] for run in shared} for runs in (alone, ours))
-            means = [f"{100 * statistics.mean(runs.values()):.1f}" for runs in (alone, ours)]
-            differences = _difference(paired_difference(ours, alone)), _difference(paired_difference(ours, dist))
-            rows.append([_arrow(pair), str(steps), *means, *differences])
-    return table(["", "steps", "student alone", f"`{OURS}`", "gain", "lead over `dist`"], rows)
-
-
-def _runs_and_places(ours: dict, theirs: dict) -> tuple[str, str]:
-    """The difference over all runs, and with one value for each pair and fold."""
-    return _difference(paired_difference(ours, theirs)), _difference(by_place(ours, theirs))
+    rows = []
+    for name in ("dubai_published", "dubai_combined"):
+        study = read_study(ROOT / f"benchmarks/study/{name}.yaml")
+        lines = [
+            line
+            for line in study_lines(study, any_steps=True)
+            if line["stage"] == "compare" and not line.get("tuned_on")
+        ]
+        scores = scores_by(lines, "pair", "steps", "method")
+        for pair in sorted({pair for pair, *_ in scores}):
+            schedules = sorted({steps for of_pair, steps, _ in scores if of_pair == pair})
+            runs = [
+                [scores.get((pair, steps, method), {}) for method in ("none", OURS, "dist")] for steps in schedules
+            ]
+            shared = set.intersection(*(alone.keys() & ours.keys() for alone, ours, _ in runs))
+            if len(schedules) < 2 or not shared:
+                continue
+            for steps, (alone, ours, dist) in zip(schedules, runs, strict=True):
+                alone, ours = ({run: of_method[run] for run in shared} for of_method in (alone, ours))
+                means = [f"{100 * statistics.mean(of_method.values()):.1f}" for of_method in (alone, ours)]
+                differences = _difference(paired_difference(ours, alone)), _difference(paired_difference(ours, dist))
+                rows.append([f"{_arrow(pair)}, `{name}`", str(steps), *means, *differences])
+    return table(["pair and study", "steps", "student alone", f"`{OURS}`", "gain", "lead over `dist`"], rows)
 
 
 def _difference(found: tuple | None) -> str:
@@ -539,6 +610,7 @@ def _arrow(pair: str) -> str:
 TABLES = {
     "compare": compare,
     "compare-ablations": compare_ablations,
+    "compare-combined": compare_combined,
     "compare-schedules": compare_schedules,
     "compare-scores": compare_scores,
     "compare-summary": compare_summary,
@@ -550,6 +622,7 @@ TABLES = {
     "dubai-findings": dubai_findings,
     "dubai-choice": dubai_choice,
     "relations": relations,
+    "relations-aligned": relations_aligned,
     "relations-findings": relations_findings,
     "step": step,
     "step-findings": step_findings,

@@ -520,7 +520,12 @@ def test_channels_last_trains_the_same_student(tmp_path, student):
     for channels_last in (False, True):
         folder = tmp_path / str(channels_last)
         trainer = distiller(
-            folder, student, channels_last=channels_last, method=["drd_channels", "drd_classes"], optim="sgd"
+            folder,
+            student,
+            channels_last=channels_last,
+            method=["drd_channels", "drd_classes"],
+            optim="sgd",
+            max_steps=1,
         )
         trainer.model.register_forward_pre_hook(
             lambda model, args: orders.append(
@@ -533,12 +538,13 @@ def test_channels_last_trains_the_same_student(tmp_path, student):
         trainer.train()
         trainer.save_model(folder / "saved")
         states.append(AutoModelForSemanticSegmentation.from_pretrained(folder / "saved").state_dict())
-    assert orders[:2] == [[False, False]] * 2 and orders[2:] == [[True, True]] * 2
+    assert orders == [[False, False], [True, True]]
     start, *ends = (
         torch.cat([state[name].flatten() for name, _ in trainer.model.named_parameters()])
         for state in (tiny_model(student, seed=1).state_dict(), *states)
     )
-    assert (ends[0] - ends[1]).norm() < 0.1 * (ends[0] - start).norm()  # mobilenet_v2: gradients of 7000
+    # One step: gradients of this mobilenet_v2 reach 7000, and its rounding grows fivefold with each further one.
+    assert (ends[0] - ends[1]).norm() < 0.1 * (ends[0] - start).norm()
 
 
 def test_channels_last_holds_for_a_student_made_anew_and_is_kept_on_resume(tmp_path):

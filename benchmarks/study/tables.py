@@ -34,15 +34,20 @@ def paired_difference(ours: dict, theirs: dict) -> tuple[float, float, float, in
     return mean, mean - half, mean + half, n
 
 
-def by_place(ours: dict, theirs: dict) -> tuple[float, float, float, int] | None:
-    """`paired_difference` of {(fold, seed): score} with one difference for each fold, the mean over its seeds.
+def by_place(ours: dict, theirs: dict, place=lambda fold: fold) -> tuple[float, float, float, int] | None:
+    """`paired_difference` of {(fold, seed): score} with one difference for each place.
 
-    Runs of one fold share teacher, training and test images; their number says nothing about other places.
+    It is the mean over the place's folds of the means over their seeds. Runs of one place share its test images: their number says
+    nothing about other places.
+
+    Args:
+        place: {fold: its place} as a function; each fold is one of its own unless told otherwise.
     """
-    differences = {}
-    for fold, seed in sorted(ours.keys() & theirs.keys()):
-        differences.setdefault(fold, []).append(ours[fold, seed] - theirs[fold, seed])
-    means = {fold: statistics.mean(of_fold) for fold, of_fold in differences.items()}
+    places = {}
+    for fold in sorted({fold for fold, _ in ours.keys() & theirs.keys()}):
+        mean, *_ = paired_difference({run: score for run, score in ours.items() if run[0] == fold}, theirs)
+        places.setdefault(place(fold), []).append(mean)
+    means = {name: statistics.mean(of_folds) for name, of_folds in places.items()}
     return paired_difference(means, dict.fromkeys(means, 0.0))
 
 

@@ -63,8 +63,9 @@ class DSDLoss(DistillationLoss):
     """Double similarity distillation: `pixel_similarity_distance` of the layers and the class scores, and
     `category_similarity_distance` of the class scores.
 
-    Feng et al., "Double Similarity Distillation for Semantic Image Segmentation", TIP 2021. Weights 1000 and 10 and the taps
-    as in CIRKD's code: two layers and the class scores.
+    Feng et al., "Double Similarity Distillation for Semantic Image Segmentation", TIP 2021. Weights 1000 and 10 as in CIRKD's
+    code, which takes the scores of an auxiliary head as its first tap; here it is a layer, for the models of transformers need not
+    have such a head.
 
     Args:
         layers: pairs (student layer, teacher layer) in the order of the forward pass; a weight of a pair has no meaning here.
