@@ -1,4 +1,4 @@
-"""Tables and sentences with figures in README.md and docs/, written from the results in benchmarks/results/.
+"""Tables and sentences with figures in README.md and docs/, and compare.md with its plots, written from the results in benchmarks/results/.
 
     python benchmarks/tables.py            # writes what is between the markers
     python benchmarks/tables.py --check    # writes nothing; exit status 1 if a page is not what the results give
@@ -7,6 +7,8 @@ A page has `<!-- table: NAME -->` and `<!-- end -->` on lines of their own; NAME
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -19,7 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.study.lines import read_lines  # noqa: E402
 from benchmarks.study.plan import Study, best_weight, read_study  # noqa: E402
-from benchmarks.study.tables import OURS, by_place, difference_text, paired_difference, pooled, rows_of, sections  # noqa: E402
+from benchmarks.study.tables import (  # noqa: E402
+    OURS,
+    by_place,
+    collect,
+    difference_text,
+    markdown,
+    paired_difference,
+    pooled,
+    rows_of,
+    sections,
+)
 
 MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
 MARKER = re.compile(r"^<!-- (?:table: \S+|end) -->$", re.M)
@@ -234,8 +246,8 @@ def step_findings() -> str:
         f"default (`drd_channels drd_classes`) adds {share('DRD, drd_channels and drd_classes')}, the "
         f"plain form (`drd`) {share('DRD, plain form')} to the time of teacher and student "
         f"({found['milliseconds']['DRD, plain form']:.0f} ms on top of {models:.0f} ms, {found['threads']} CPU cores). "
-        f"In the plain form of public code SKD pair-wise adds {share('SKD pair-wise')}, IFVD {share('IFVD')}, ICKD {share('ICKD')}, channel-wise distillation of "
-        f"features {share('CWD, features')}, a logit loss {share('pixel KD (PixelLogitLoss)')}. On the student's own grid of "
+        f"Written plainly, as public code is, SKD pair-wise adds {share('SKD pair-wise')}, IFVD {share('IFVD')}, ICKD {share('ICKD')}, channel-wise distillation of "
+        f"features {share('CWD, features')}; AT, SP and losses of class scores are as cheap ({share('AT')}, {share('SP')}, {share('pixel KD (PixelLogitLoss)')}). On the student's own grid of "
         f"{found['size'] // 4} x {found['size'] // 4} the loss adds {own_grid}."
     )
 
@@ -510,10 +522,10 @@ def compare_ablations() -> str:
     return table(["variant", "gain over the student alone", "against", "change"], rows)
 
 
-def compare_summary() -> str:
-    """The default and features alone against the student alone and the nearest of the others, as published and chosen.
+def summary_rows() -> list[list[str]]:
+    """What is compared, and the difference over runs, over pairs and folds, and over folds.
 
-    Nearest of those that ran at least half as often as the most: a single run is no rival.
+    The default and features alone against the student alone and the nearest of the others, as published and chosen. Nearest of those that ran at least half as often as the most: a single run is no rival.
     """
     own = {method: runs for (method,), runs in scores_by(compared_lines(), "method").items()}
     published = {name: runs for name, runs in own.items() if not name.startswith(("drd", "none"))}
@@ -546,7 +558,19 @@ def compare_summary() -> str:
     for theirs in ("none", rival, "drd_aligned"):
         shown = "the student alone" if theirs == "none" else f"`{theirs}`"
         add(f"without fold 0: the default over {shown}", own[OURS], own[theirs], apart=True)
-    return table(["points of test mIoU", "run by run", "one value a pair and fold", "one value a fold"], rows)
+    return rows
+
+
+def compare_summary() -> str:
+    return table(
+        ["points of test mIoU", "run by run", "one value a pair and fold", "one value a fold"], summary_rows()
+    )
+
+
+def compare_short() -> str:
+    """Of the summary what is said of the default, without its middle column."""
+    rows = [[what, of_runs, of_folds] for what, of_runs, _, of_folds in summary_rows()[:3]]
+    return table(["points of test mIoU", "run by run", "one value a fold"], rows)
 
 
 def compare_combined() -> str:
@@ -613,6 +637,7 @@ TABLES = {
     "compare-combined": compare_combined,
     "compare-schedules": compare_schedules,
     "compare-scores": compare_scores,
+    "compare-short": compare_short,
     "compare-summary": compare_summary,
     "compare-tuned": compare_tuned,
     "compare-tuned-findings": compare_tuned_findings,
@@ -655,6 +680,11 @@ def render(text: str, name: str = "the page") -> str:
     return MARKED.sub(filled, text)
 
 
+def comparison(results: Path) -> str:
+    """What compare.md of these lines is."""
+    return markdown(read_lines(results / "compare.jsonl"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, name the pages that are out of date")
@@ -671,6 +701,12 @@ def main() -> None:
             if not args.check:
                 page.with_suffix(".tmp").write_text(new, encoding="utf-8")
                 os.replace(page.with_suffix(".tmp"), page)
+    results = ROOT / "benchmarks/results"
+    if comparison(results) != (results / "compare.md").read_text(encoding="utf-8"):
+        stale.append("benchmarks/results/compare.md")
+        if not args.check:
+            with contextlib.redirect_stdout(io.StringIO()):
+                collect(results)
     print(f"{'out of date' if args.check else 'written'}: {', '.join(stale) or 'nothing, all pages are up to date'}")
     if stale and args.check:
         sys.exit("error: run make tables")

@@ -193,6 +193,12 @@ def test_committed_tables_are_what_the_results_give(page):
     assert tables.render(text) == text, "run make tables"
 
 
+def test_the_tables_of_the_comparison_are_those_of_its_lines():
+    """They stayed behind by half of the runs, and pages sent readers there."""
+    results = ROOT / "benchmarks/results"
+    assert tables.comparison(results) == (results / "compare.md").read_text(encoding="utf-8"), "run make tables"
+
+
 def test_every_table_stands_on_a_page():
     named = set(re.findall(r"^<!-- table: (\S+) -->$", "\n".join(page.read_text() for page in PAGES), re.M))
     assert named == set(tables.TABLES)
