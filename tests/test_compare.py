@@ -596,6 +596,8 @@ def test_of_each_place_there_is_one_difference():
     assert n == 2 and mean == pytest.approx(0.15)
     assert high - mean == pytest.approx(mean - low) == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t with one degree
     assert by_place(ours, {}) is None
+    mean, *_, n = by_place(ours, theirs, place=lambda fold: "one")  # two folds of one place
+    assert n == 1 and mean == pytest.approx(0.15)
 
 
 def test_rows_compare_runs_with_the_same_labels_fold_and_seed():
