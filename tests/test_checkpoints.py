@@ -532,11 +532,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import save_file
+from drd_hf.errors import leave_process_group
 from tests.test_checkpoints import distiller, weights_of
 trainer = distiller(sys.argv[2], max_steps=4, per_device_train_batch_size=1, ddp_backend="gloo")
 trainer.train(resume_from_checkpoint=sys.argv[4] or None)
 save_file(weights_of(trainer), f"{sys.argv[3]}{trainer.args.process_index}.safetensors")
-torch.distributed.destroy_process_group()  # else its threads may abort the exit
+leave_process_group()
 """
 
 

@@ -765,13 +765,14 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from safetensors.torch import save_file
+from drd_hf.errors import leave_process_group
 from tests.test_other_losses import TOGETHER, HalfLabelledTiles, trainer_of
 settings = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "distillation_stop_ratio": 0.7, "max_steps": 3}
 trainer = trainer_of(Path(sys.argv[2]), TOGETHER, data=HalfLabelledTiles(), **settings)
 trainer.train()
 parameters = {name: value.detach().contiguous() for name, value in trainer._step.named_parameters()}
 save_file(parameters, f"{sys.argv[2]}/rank{trainer.args.process_index}.safetensors")
-torch.distributed.destroy_process_group()  # else its threads may abort the exit
+leave_process_group()
 """
 
 
