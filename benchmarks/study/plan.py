@@ -292,8 +292,13 @@ def teacher_cell(study: Study, name: str, fold: int, labelled: float, root: Path
     data = Data(study.folds[fold], labelled, only_labelled=True)
     facts = {
         **_facts(study, name, labelled, fold),
-        **{"pair": None, "method": "teacher", "options": "", "weight": None, "alone": True, "seed": 0},
-        **{"settings": teacher.options, "steps": teacher.options.get("max_steps"), "stage": "teacher"},
+        **{"pair": None, "method": "teacher", "options": "", "weight": None, "alone": True},
+        **{
+            "seed": teacher.options.get("seed", 0),
+            "settings": teacher.options,
+            "steps": teacher.options.get("max_steps"),
+            "stage": "teacher",
+        },
     }
     trained = teacher.trained.get(fold) if labelled == 1 else None
     if trained is not None and (root / trained / "run.json").is_file():
