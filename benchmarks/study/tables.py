@@ -206,7 +206,7 @@ def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
     font, line, gap = ImageFont.load_default(15), 24, 12
     left = gap * 2 + math.ceil(max(font.getlength(_name(row)) for row in rows))
     width, top = 480, gap * 2 + 2 * line
-    picture = Image.new("RGB", (left + width + 90, top + line * (len(rows) + 1) + gap), PAPER)
+    picture = Image.new("RGB", (left + width + 120, top + line * (len(rows) + 1) + gap), PAPER)
     draw = ImageDraw.Draw(picture)
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 10)
 
@@ -222,14 +222,14 @@ def gains_picture(rows: Sequence[dict], title: str, path: Path) -> None:
         draw.line((x(tick * step), top, x(tick * step), bottom), fill=INK if tick == 0 else GRID)
         draw.text((x(tick * step), bottom + line / 2), f"{tick * step:g}", fill=INK, font=font, anchor="mm")
     for i, row in enumerate(rows):
-        mean, lower, upper, _ = row["gain"]
+        mean, lower, upper, n = row["gain"]
         y = top + line * (i + 0.5)
         color = BETTER if mean > 0 else WORSE
         draw.text((left - gap, y), _name(row), fill=INK, font=font, anchor="rm")
         if not math.isnan(lower):
             draw.line((max(left, x(100 * lower)), y, min(left + width, x(100 * upper)), y), fill=color, width=2)
         draw.ellipse((x(100 * mean) - 5, y - 5, x(100 * mean) + 5, y + 5), fill=color)
-        draw.text((left + width + gap, y), f"{100 * mean:+.1f}", fill=INK, font=font, anchor="lm")
+        draw.text((left + width + gap, y), f"{100 * mean:+.1f} (n {n})", fill=INK, font=font, anchor="lm")
     temporary = path.with_suffix(".tmp")
     picture.save(temporary, "png")
     os.replace(temporary, path)
