@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import load_dataset
 from PIL import Image
 
 from drd_hf import DistillationConfig, SegmentationConfig, load_splits
@@ -24,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import compare, tables  # noqa: E402
 from benchmarks.study import lines as results  # noqa: E402
 from benchmarks.study.cells import run_cells  # noqa: E402
-from benchmarks.study.data import keep_labels, labelled_sources  # noqa: E402
-from benchmarks.study.plan import candidates, read_study, student_cell, teacher_cell  # noqa: E402
+from benchmarks.study.data import ensure_data, keep_labels, labelled_sources  # noqa: E402
+from benchmarks.study.plan import Data, candidates, read_study, student_cell, teacher_cell  # noqa: E402
 from benchmarks.study.tables import OURS, by_place, collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
 from scripts import distill, train_teacher  # noqa: E402
 
@@ -548,9 +549,8 @@ def test_labels_are_kept_for_the_same_images_in_every_share(tiny, tmp_path):
         [f"i{n}" for n in range(10)], 0.5
     )
     assert [len(labelled_sources([f"i{n}" for n in range(45)], share)) for share in (0.1, 0.25, 1)] == [5, 12, 45]
-    whole = tiny.parent / "tiles"
-    if not whole.is_dir():
-        pytest.skip("the tiles are made by the test of a whole study")
+    study, whole = read_study(tiny), tiny.parent / "tiles"
+    ensure_data(study, Data(study.folds[0]), tmp_path)
     keep_labels(whole, tmp_path / "half", 0.5, only_labelled=False)
     keep_labels(whole, tmp_path / "only", 0.5, only_labelled=True)
     splits, half, only = (load_splits(path) for path in (whole, tmp_path / "half", tmp_path / "only"))
@@ -559,6 +559,8 @@ def test_labels_are_kept_for_the_same_images_in_every_share(tiny, tmp_path):
     assert len(half["train"]) == len(splits["train"]) and len(labels) == 2 and len(kept) == 1
     assert set(only["train"]["source"]) == kept and None not in only["train"]["label"]
     assert len(half["test"]) == len(splits["test"]) and None not in half["test"]["label"]
+    for path in (tmp_path / "half", tmp_path / "only"):  # also without the package
+        assert len(load_dataset(str(path), cache_dir=tmp_path / "cache")["train"]) == len(load_splits(path)["train"])
     tiles = half["train"].with_transform(TrainTransform(32))
     assert [bool((tile["labels"] != 255).any()) for tile in tiles] == [s in kept for s in half["train"]["source"]]
 

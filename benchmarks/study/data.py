@@ -94,6 +94,8 @@ def keep_labels(source: Path, destination: Path, share: float, only_labelled: bo
         card = DatasetCard.load(source / "README.md", ignore_metadata_errors=True)
         facts = card.data["segmentation"]
         facts["splits"]["train"]["tiles"] = tiles
+        for sizes_of_the_whole in ("splits", "download_size", "dataset_size"):  # `load_dataset` would check them
+            card.data["dataset_info"].pop(sizes_of_the_whole, None)
         what = "the others left out" if only_labelled else "the others without"
         total = info.num_sources["train"]
         facts["notes"] = [*facts.get("notes", []), f"{len(kept)} of {total} training images with labels, {what}"]
