@@ -9,12 +9,14 @@
 
 Every finished run is one line of benchmarks/results/compare.jsonl (compare_tuning.jsonl while weights are chosen), with
 its command; an interrupted one leaves none and is repeated. Several runners may work at one study at the same time.
+Students of earlier lines need their teacher: where it is not, `--results FOLDER` starts anew.
 Weights are chosen on the validation split; the test split is scored by the stages compare and ablate.
 Each method is tuned and then trained once, so that all can be compared early; further folds and seeds follow, pair by pair.
 """
 
 import argparse
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -195,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as by Ctrl-C, with the training
     run_script(main)

@@ -26,6 +26,7 @@ from benchmarks.study.tables import (  # noqa: E402
     by_place,
     collect,
     difference_text,
+    lines_in,
     markdown,
     paired_difference,
     pooled,
@@ -581,25 +582,30 @@ def compare_short() -> str:
 
 
 def compare_combined() -> str:
-    """Losses together and with other settings, each with every student: mean scores, and differences run by run."""
+    """Losses together and with other settings: mean scores, and differences run by run; those that lack runs of ours last."""
     study = read_study(ROOT / "benchmarks/study/dubai_combined.yaml")
     lines = [line for line in study_lines(study) if line["pair"]]
     options = {line["method"]: line["options"] for line in lines}
-    of_pairs = scores_by(lines, "method", "pair")
-    of_all = scores_by([{**line, "fold": f"{line['pair']} {line['fold']}"} for line in lines], "method")
-    pairs = sorted({pair for _, pair in of_pairs})
-    rows = []
-    for (method,), scores in of_all.items():
-        means = [
-            f"{100 * statistics.mean(of_pairs[method, p].values()):.1f}" if (method, p) in of_pairs else ""
-            for p in pairs
-        ]
-        lead = paired_difference(of_all[OURS,], scores)
-        gain = None if method == "none" else paired_difference(scores, of_all["none",])
+    scores = scores_by([{**line, "fold": f"{line['pair']} {line['fold']}"} for line in lines], "method")
+    ours, alone = scores.get((OURS,), {}), scores.get(("none",), {})
+    pairs, rows = sorted({line["pair"] for line in lines}), []
+    for (method,), runs in scores.items():
+        means = []
+        for pair in pairs:
+            of_pair = [100 * score for (fold, _), score in runs.items() if fold.startswith(f"{pair} ")]
+            means.append(f"{statistics.mean(of_pair):.1f} ({len(of_pair)})" if of_pair else "")
+        lead, gain = paired_difference(ours, runs), paired_difference(runs, alone)
+        theirs = paired_difference({run: score for run, score in ours.items() if run in runs}, alone)
         name = f"`{options[method]}`" if options[method] else "student alone"
-        rows.append((lead[0], [name, *means, _difference(gain), "" if method == OURS else _difference(lead)]))
-    head = ["", *(f"test mIoU, {_arrow(pair)}" for pair in pairs), "gain over the student alone", f"lead of `{OURS}`"]
-    return table(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+        shown = [
+            "" if method == "none" else _difference(gain),
+            *([""] * 2 if method == OURS else [_difference(lead), _difference(theirs)]),
+        ]
+        whole = runs.keys() >= ours.keys()
+        rows.append((not whole, lead[0] if lead else math.inf, [name, *means, *shown]))
+    head = ["", *(f"test mIoU (runs), {_arrow(pair)}" for pair in pairs), "gain over the student alone"]
+    head += [f"lead of `{OURS}`", "its gain in these runs"]
+    return table(head, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])])
 
 
 def compare_schedules() -> str:
@@ -689,7 +695,7 @@ def render(text: str, name: str = "the page") -> str:
 
 def comparison(results: Path) -> str:
     """What compare.md of these lines is."""
-    return markdown(read_lines(results / "compare.jsonl"))
+    return markdown(lines_in(results))
 
 
 def main() -> None:

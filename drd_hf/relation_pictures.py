@@ -163,6 +163,8 @@ def compare_relations(
         features, logits = _features(entry, layer, image)
         cells = [_cell_at(position, size, features.shape[-2:]) for position in positions]
         spatial = position_relations(features, cells, relation, temperature)
+        if not spatial.isfinite().all():
+            raise UserError(f"{entry.title}: temperature {temperature} is too small for its features")
         distances = {}
         if first is None:
             first, first_order = features, channel_order(features)

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import compare, tables  # noqa: E402
 from benchmarks.study import lines as results  # noqa: E402
-from benchmarks.study.cells import run_cells  # noqa: E402
+from benchmarks.study.cells import SAME_TEACHER, require_same_teachers, run_cells  # noqa: E402
 from benchmarks.study.data import ensure_data, keep_labels, labelled_sources  # noqa: E402
 from benchmarks.study.plan import Data, candidates, read_study, student_cell, teacher_cell  # noqa: E402
 from benchmarks.study.tables import OURS, by_place, collect, markdown, paired_difference, pooled, rows_of, sections  # noqa: E402
@@ -318,7 +320,7 @@ def test_a_weight_is_chosen_by_its_mean_over_seeds_and_not_where_one_diverged(ti
         compare.chosen_weight(study, "big_to_small", study.methods["drd"], lines)
     content["tuning"] = {"seeds": 0}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(UserError, match=r"tuning: seeds is 0; give a list such as \[0, 1\]"):
+    with pytest.raises(UserError, match=r"tuning: seeds is 0; give a list of whole numbers such as \[0, 1\]"):
         read_study(path)
 
 
@@ -714,6 +716,69 @@ def test_tables_and_plots_of_few_finished_runs_are_made(tmp_path):
     assert len(list(tmp_path.glob("*_classes.png"))) == 1 and not list(tmp_path.glob("*_gains.png"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit on the size of a file is one of POSIX")
+def test_a_line_for_which_there_is_no_space_is_taken_back(tmp_path):
+    path = tmp_path / "compare.jsonl"
+    results.append_line(path, {"command": "a"})
+    words = [sys.executable, "-c", FULL_DISK.format(root=str(ROOT), path=str(path))]
+    found = subprocess.run(words, capture_output=True, text=True)
+    assert found.returncode and "No space left on device" in found.stderr
+    results.append_line(path, {"command": "b"})
+    assert list(results.finished(path)) == ["a", "b"]
+    with path.open("a") as file:
+        file.write(json.dumps({"command": "c"}))  # by hand, without an end
+    results.append_line(path, {"command": "d"})
+    assert list(results.finished(path)) == ["a", "b", "c", "d"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+from benchmarks.study.lines import append_line
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30, 30))
+append_line({path!r}, dict(command="x" * 100))
+"""
+
+
+def test_students_of_another_teacher_are_not_set_beside_those_of_the_first(tiny, tmp_path):
+    study = read_study(tiny)
+    cells = [student_cell(study, "big_to_small", study.methods["drd"], w, 0, 0, ROOT) for w in (0.1, 1)]
+    teacher, alone = cells[0].teacher, student_cell(study, "big_to_small", study.methods["none"], None, 0, 0, ROOT)
+    folder = ROOT / teacher.folder  # of the study's run by the first test, or none
+    path = tmp_path / "compare.jsonl"
+    require_same_teachers([alone, *cells], tmp_path)  # nothing has run
+    results.append_line(path, {**cells[0].facts, "command": cells[0].command})
+    require_same_teachers([alone], tmp_path)  # it has no teacher
+    with pytest.raises(
+        UserError, match=r"drd weight 1, fold 0, seed 0: .*students of this pair's teacher in .*--results"
+    ):
+        require_same_teachers(cells[1:], tmp_path)  # its line is missing: it would be trained again
+    seconds = json.loads((folder / "run.json").read_text())["seconds"] if folder.is_dir() else None
+    if seconds is None:
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"seconds": (seconds := 5.0)}))
+    results.append_line(path, {**teacher.facts, "seconds": seconds + 1, "command": teacher.command})
+    with pytest.raises(UserError, match="is not the one that is here"):
+        require_same_teachers(cells[1:], tmp_path)
+    results.append_line(path, {**teacher.facts, "seconds": seconds, "command": teacher.command})
+    require_same_teachers(cells[1:], tmp_path)
+    elsewhere = {**cells[1].facts, "command": cells[1].command.replace(teacher.folder, "runs/first")}
+    results.append_line(path, elsewhere)
+    with pytest.raises(UserError, match="in runs/first, which is not here"):
+        require_same_teachers(cells[1:], tmp_path)
+
+
+def test_every_share_and_fold_of_the_shipped_results_has_one_teacher():
+    teachers = {}
+    for name in ("compare.jsonl", "compare_tuning.jsonl"):
+        for command, line in results.finished(ROOT / "benchmarks/results" / name).items():
+            if "--teacher" in (words := shlex.split(command)):
+                key = tuple(line[key] for key in SAME_TEACHER)
+                teachers.setdefault(key, set()).add(words[words.index("--teacher") + 1])
+    assert teachers and all(len(folders) == 1 for folders in teachers.values())
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "compare.jsonl"
     results.append_line(path, {"command": "a"})
@@ -738,6 +803,19 @@ def test_a_damaged_line_is_named(tmp_path):
         (lambda c: c["methods"].update(kd={"option": "x"}), "unexpected keyword argument 'option'"),
         (lambda c: c.update(tuned_on="small"), "tuned_on: 'small' is not in the study; it has big_to_small"),
         (lambda c: c["pairs"]["big_to_small"].update(teacher="huge"), "'huge' is not in the study; it has big"),
+        (lambda c: c["pairs"]["big_to_small"].update(student="m"), "student of big_to_small is 'm'; give options"),
+        (lambda c: c["pairs"].update(big_to_small="big"), "must be a mapping with the keys of a pair"),
+        (lambda c: c.update(seeds=3), "seeds is 3; give a list of whole numbers"),
+        (lambda c: c.update(steps="ten"), "steps is 'ten'; give a whole number"),
+        (lambda c: c.update(tuning={"fold": 9}), "tuning: fold is 9; the dataset has folds 0 to 0"),
+        (lambda c: c.update(methods=["none"]), "methods: must be a mapping"),
+        (lambda c: c["methods"].update(kd="--method kd"), "kd is '--method kd'; give its keys"),
+        (lambda c: c["methods"]["drd"].update(weights=1), "weights of drd is 1; give a list"),
+        (
+            lambda c: c["methods"]["drd"].update(weights=["1e-3"]),
+            "weight of drd is '1e-3', which is not a number; YAML",
+        ),
+        (lambda c: c["methods"]["drd"].update(published=5), "published of drd is 5, but without a weight drd has 1"),
     ],
 )
 def test_a_mistake_in_a_study_is_named(tiny, tmp_path, change, message):

@@ -328,6 +328,13 @@ def test_omni_contrast_takes_sizes_that_public_code_does_not(shape):
     assert torch.isfinite(loss) and (grad is None or torch.isfinite(grad).all())
 
 
+def test_afdcd_refuses_channels_that_make_no_groups():
+    student, teacher = pair_of_maps(2, 4, 15, (8, 8), (8, 8))
+    loss = AfDCDLoss([("s", "head.conv")], student_widths={"s": 4}, teacher_widths={"head.conv": 15})
+    with pytest.raises(UserError, match=r"head\.conv has 15 channels, an odd number"):
+        loss.compare(0, student, teacher, None)
+
+
 @pytest.mark.parametrize("temperature", [0.02, 0.04, 2.0])
 def test_cirkd_of_any_temperature_equals_its_definition(temperature):
     """A cosine of -1 at T 0.02 is exp(-100) of that of 1, which float32 cannot hold: such maps go another way."""

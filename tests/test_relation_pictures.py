@@ -255,6 +255,7 @@ def test_positions_are_chosen_where_none_are_given(tmp_path):
         ({"positions": []}, "at least one model and one position"),
         ({"relation": "euclidean"}, "give one of cosine, attention"),
         ({"relation": "attention", "temperature": 0}, "temperature above 0"),
+        ({"relation": "attention", "temperature": 1e-300}, "model: temperature 1e-300 is too small"),
         (
             {"models": [shown(layer="decode_head.batch")]},
             "has no layer 'decode_head.batch'; nearest names: decode_head.batch_norm",

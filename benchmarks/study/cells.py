@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,6 +30,7 @@ CODE = (
     *("losses", "relations", "metrics", "evaluation", "data/transforms.py", "data/streaming.py", "checkpoints.py"),
     *("features.py", "models.py", "runs.py", "trainer.py"),
 )
+SAME_TEACHER = ("study", "teacher", "labelled", "fold")  # what students that are compared share
 MODULES = ("scripts.train_teacher", "scripts.distill", "scripts.evaluate")
 
 
@@ -58,9 +60,41 @@ def results_of(cell: Cell, results: Path) -> Path:
 
 
 def is_finished(cell: Cell, results: Path) -> bool:
-    """Whether a run has its line; a teacher's folder must be there too, for its students to learn from."""
-    there = cell.facts["stage"] != "teacher" or (ROOT / cell.model / "run.json").is_file()
-    return there and cell.command in finished(results_of(cell, results))
+    """Whether a run has its line; the folder of a teacher must be there too, and be that of the line."""
+    line = finished(results_of(cell, results)).get(cell.command)
+    if line is None or cell.facts["stage"] != "teacher":
+        return line is not None
+    return line["seconds"] is not None and line["seconds"] == _seconds_of(ROOT / cell.model)
+
+
+def require_same_teachers(cells: Iterable[Cell], results: Path) -> None:
+    """Students that are compared have one teacher: a training repeated on another machine gives another one.
+
+    Raises:
+        UserError: earlier students of the same study, fold and share of labels had another teacher than one of `cells`, or
+            one that is not there any more.
+    """
+    compared = finished(results / "compare.jsonl")
+    used = {}  # {facts of a teacher: the folders that students learned from}
+    for line in [*compared.values(), *finished(results / "compare_tuning.jsonl").values()]:
+        words = shlex.split(line["command"])
+        if "--teacher" in words:
+            facts = tuple(line[key] for key in SAME_TEACHER)
+            used.setdefault(facts, {})[words[words.index("--teacher") + 1]] = line
+    for cell in cells:
+        others = used.get(tuple(cell.facts[key] for key in SAME_TEACHER))
+        if "--teacher" not in cell.words or not others:
+            continue
+        wanted = cell.words[cell.words.index("--teacher") + 1]
+        there = cell.teacher is None or is_finished(cell.teacher, results)
+        if there and set(others) == {wanted}:
+            continue
+        other = next((folder for folder in others if folder != wanted), wanted)
+        raise UserError(
+            f"{cell.title}: {results / 'compare.jsonl'} has students of this pair's teacher in {other}, which "
+            f"{'is not the one that is here' if (ROOT / other).exists() else 'is not here'}; put that one back, or give "
+            "another folder with --results for a comparison with a teacher of its own"
+        )
 
 
 def run_cells(
@@ -80,12 +114,16 @@ def run_cells(
 
     Returns:
         The titles of the runs that failed, with the reason.
+
+    Raises:
+        UserError: results with students of another teacher, see `require_same_teachers`.
     """
     context, locks, failed, busy = start_method(), ROOT / study.runs / "locks", {}, []
     started, done, told = time.monotonic(), 0, False
     while True:
         cells = dict.fromkeys(c for cell in plan() for c in (cell.teacher, cell) if c is not None)
         todo = [cell for cell in cells if not is_finished(cell, results)]
+        require_same_teachers(todo, results)
         if not told:
             print(f"{len(cells)} runs, {len(cells) - len(todo)} of them finished before", flush=True)
             told = True
@@ -101,7 +139,10 @@ def run_cells(
         begun, log = time.monotonic(), ROOT / f"{cell.folder}.log"
         process = context.Process(target=_run, args=(cell, results, locks, log, wait, discard_models))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:  # what ends this process ends the training
+            process.kill()
         if process.exitcode == BUSY:
             busy.append(cell)
             continue
@@ -156,8 +197,17 @@ def _run(cell: Cell, results: Path, locks: Path, log: Path, wait: bool, discard_
 
 
 def _command_of(folder: Path) -> str | None:
+    return _run_of(folder).get("command")
+
+
+def _seconds_of(folder: Path) -> float | None:
+    """How long the training in a folder took, by which one is told from another with the same command; None without one."""
+    return _run_of(folder).get("seconds")
+
+
+def _run_of(folder: Path) -> dict:
     run = folder / "run.json"
-    return json.loads(run.read_text()).get("command") if run.is_file() else None
+    return json.loads(run.read_text()) if run.is_file() else {}
 
 
 def line_of(cell: Cell, error: str | None = None) -> dict:
@@ -167,14 +217,15 @@ def line_of(cell: Cell, error: str | None = None) -> dict:
     from drd_hf.runs import device_name, versions
 
     run = json.loads((ROOT / cell.model / "run.json").read_text()) if error is None else {}
-    by_split = dict(run.get("results", {}).get("model", {}))
-    if cell.model != cell.folder:  # trained before, scored now
+    by_split, facts = dict(run.get("results", {}).get("model", {})), cell.facts
+    if cell.model != cell.folder:  # trained before, perhaps in another way than the study would, and scored now
+        facts = {**facts, "seed": run["seed"], "settings": {"command": run["command"]}}
         report = json.loads((ROOT / cell.folder / "test.json").read_text())
         by_split["test"] = {name.rpartition("/")[2]: value for name, value in report["scores"].items()}
     steps, seconds = run.get("steps", cell.facts["steps"]), run.get("seconds")
     device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        **cell.facts,
+        **facts,
         "steps": steps,
         "error": error,
         **scores_of(by_split),

@@ -1,5 +1,6 @@
 """Results as JSON lines: one line for each finished run."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -29,13 +30,23 @@ def read_lines(path: str | Path) -> list[dict]:
 
 
 def append_line(path: str | Path, line: dict) -> None:
-    """Add one line. A single write to a file opened for appending, so that lines of several processes do not mix."""
+    """Add one line. A single write to a file opened for appending, so that lines of several processes do not mix.
+
+    Raises:
+        OSError: only a part could be written, as on a full disk; it is taken back, unless another line came after it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = (json.dumps(line) + "\n").encode()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, data)
+        size = os.fstat(file).st_size
+        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # a line by hand, or a write that was cut off
+        data = ("\n" * torn + json.dumps(line) + "\n").encode()
+        written = os.write(file, data)
+        if written < len(data):
+            if os.fstat(file).st_size == size + written:
+                os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(file)
     finally:
         os.close(file)

@@ -1,6 +1,7 @@
 """What a study file asks for, and the commands that are its runs. Nothing is read from or written to the results here."""
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -192,8 +193,13 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     methods = _methods(content["methods"], f"{path}: methods", {})
     tuning = {"fold": 0, "seeds": [0], "steps": None, **(content.get("tuning") or {})}
     _check_keys(tuning, f"{path}: tuning", (), ("fold", "seeds", "steps"))
-    if not isinstance(tuning["seeds"], list) or not tuning["seeds"]:
-        raise UserError(f"{path}: tuning: seeds is {tuning['seeds']!r}; give a list such as [0, 1]")
+    _check_seeds(tuning["seeds"], f"{path}: tuning")
+    _check_seeds(content.get("seeds", [0]), path)
+    _check_seeds(ablations.get("seeds", [0]), f"{path}: ablations")
+    _check_folds(tuning["fold"], dataset["folds"], f"{path}: tuning: fold")
+    _check_steps(content["steps"], path)
+    if tuning["steps"] is not None:
+        _check_steps(tuning["steps"], f"{path}: tuning")
     if steps is not None:
         tuning["steps"] = steps
     study = Study(
@@ -217,6 +223,12 @@ def read_study(path: str | Path, steps: int | None = None) -> Study:
     )
     for name, pair in study.pairs.items():
         choose(study.teachers, [pair.teacher], f"{path}: teacher of {name}")
+        if not isinstance(pair.student, dict) or "model" not in pair.student:
+            raise UserError(
+                f"{path}: student of {name} is {pair.student!r}; give options of distill.py, one being `model`"
+            )
+        if pair.steps is not None:
+            _check_steps(pair.steps, f"{path}: {name}")
     if study.tuned_on is not None:
         choose(study.pairs, [study.tuned_on], f"{path}: tuned_on")
     for method in study.ablations.values():
@@ -253,7 +265,32 @@ def _check_keys(content, what, required: Sequence[str], optional: Sequence[str])
             raise UserError(f"{what}: unknown key {key!r}; nearest: {nearest(str(key), (*required, *optional))}")
 
 
+def _check_seeds(seeds, what) -> None:
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{what}: seeds is {seeds!r}; give a list of whole numbers such as [0, 1]")
+
+
+def _check_folds(fold, folds, what) -> None:
+    if not isinstance(folds, list) or not folds:
+        raise UserError(f"{what}: the dataset's folds are {folds!r}; give a list")
+    if type(fold) is not int or not 0 <= fold < len(folds):
+        raise UserError(f"{what} is {fold!r}; the dataset has folds 0 to {len(folds) - 1}")
+
+
+def _check_steps(steps, what) -> None:
+    if type(steps) is not int or steps < 1:
+        raise UserError(f"{what}: steps is {steps!r}; give a whole number above 0")
+
+
+def _number(value, what) -> None:
+    if type(value) not in (int, float):
+        hint = "; YAML reads numbers such as 1e-3 only with a point, 1.0e-3" if isinstance(value, str) else ""
+        raise UserError(f"{what} is {value!r}, which is not a number{hint}")
+
+
 def _record(record: type, content, what):
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: {content!r}: must be a mapping with the keys of a {record.__name__.lower()}")
     try:
         return record(**content)
     except TypeError as error:
@@ -262,9 +299,17 @@ def _record(record: type, content, what):
 
 
 def _methods(content: dict, what: str, known: dict[str, Method]) -> dict[str, Method]:
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: must be a mapping of names to the keys of a method")
     methods = {}
     for name, values in content.items():
+        if not isinstance(values, dict | None):
+            raise UserError(f"{what}: {name} is {values!r}; give its keys, such as {{options: --method {name}}}")
         method = _record(Method, {"name": name, **(values or {})}, what)
+        if not isinstance(method.weights, list | tuple):
+            raise UserError(f"{what}: weights of {name} is {method.weights!r}; give a list")
+        for weight in (*method.weights, *(w for w in (method.weight, method.published) if w is not None)):
+            _number(weight, f"{what}: a weight of {name}")
         method = replace(method, weights=tuple(method.weights))
         if method.like is not None:
             models = {**known, **methods}
@@ -278,10 +323,24 @@ def _methods(content: dict, what: str, known: dict[str, Method]) -> dict[str, Me
             raise UserError(f"{what}: {name} has {{weight}} in its options; give weights to choose from, or weight")
         if method.published is not None and "={weight}" not in method.options:
             raise UserError(f"{what}: {name} has a published weight but no '={{weight}}' in its options to leave out")
+        if method.published is not None:
+            _check_published(method, what)
         if not 0 < method.labelled <= 1:
             raise UserError(f"{what}: {name}: labelled is {method.labelled}, give a share above 0 and at most 1")
         methods[name] = method
     return methods
+
+
+def _check_published(method: Method, what: str) -> None:
+    """A run that names no weight has that of distill.py: only that one may stand for it."""
+    from drd_hf.losses.methods import METHODS
+
+    for name in re.findall(r"([\w.]+)=\{weight\}", method.options):
+        if name in METHODS and METHODS[name].weight != method.published:
+            raise UserError(
+                f"{what}: published of {method.name} is {method.published:g}, but without a weight {name} has "
+                f"{METHODS[name].weight:g}; give that one"
+            )
 
 
 def teacher_cell(study: Study, name: str, fold: int, labelled: float, root: Path) -> Cell | None:

@@ -66,7 +66,7 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 
     Ablations, which ran for some pairs, are left out, and so are options that differ between pairs: of each method there is
     one row with its own weight and one with weights that were chosen, its options "tuned", each with the options that ran
-    last for a pair.
+    last for a pair, or, where one pair chose for all, last for any.
     """
     last = {line["command"]: line for line in lines if line.get("pair") and line.get("stage") != "ablate"}
     found, options = {}, {}
@@ -74,7 +74,7 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
         steps = line.get("study_steps", line["steps"])
         group = found.setdefault((line["study"], line["dataset"], steps), [])
         kind = "tuned" if line.get("tuned_on") else ""
-        options[line["study"], steps, line["pair"], line["method"], kind] = line["options"]
+        options[line["study"], steps, line.get("tuned_on") or line["pair"], line["method"], kind] = line["options"]
         group.append((kind, line))
     tables = []
     for (study, dataset, steps), group in found.items():
@@ -82,7 +82,7 @@ def pooled(lines: Sequence[dict]) -> list[tuple[str, list[dict]]]:
             {**line, "fold": f"{line['pair']} {line['steps']} {line['fold']}", "teacher": "all", "options": kind}
             | {"study_steps": steps}
             for kind, line in group
-            if kind == "" or options[study, steps, line["pair"], line["method"], kind] == line["options"]
+            if kind == "" or options[study, steps, line["tuned_on"], line["method"], kind] == line["options"]
         ]
         if len({line["pair"] for line in group}) > 1:
             shown = " or ".join(map(str, sorted({line["steps"] for line in group})))
@@ -140,7 +140,7 @@ def markdown(lines: Sequence[dict]) -> str:
         "Written by `python benchmarks/compare.py STUDY.yaml --stage collect` from compare.jsonl. Test mIoU in percent, "
         f"mean ± standard deviation over seeds and folds. Gain over the student alone and lead of `{OURS}` (with its own weights, where it ran with them) over a method are "
         "mean differences of the n pairs of runs with the same fold and seed that are finished, with their 95 % t interval; runs of one fold share their "
-        "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation where a pair is named for it. "
+        "test images, so that intervals tell more about seeds than about other places. Weights were chosen on validation where a pair is named for it; runs with one that was chosen before others were tried are left out. "
         "Seconds are those of the training; other work on the machine lengthens them. Memory is the peak of the process with "
         "the scoring at its end, of the GPU where there is one.",
     ]
@@ -171,9 +171,25 @@ def markdown(lines: Sequence[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def lines_in(results: Path) -> list[dict]:
+    """The lines of compare.jsonl without those whose weight was chosen once and is not what compare_tuning.jsonl says now."""
+    chosen = {
+        (line["study"], line["pair"], line["method"]): line["chosen_weight"]
+        for line in read_lines(results / "compare_tuning.jsonl")
+        if "chosen_weight" in line
+    }
+    lines = read_lines(results / "compare.jsonl")
+    return [
+        line
+        for line in lines
+        if not line.get("tuned_on")
+        or chosen.get((line["study"], line["tuned_on"], line["method"]), line["weight"]) == line["weight"]
+    ]
+
+
 def collect(results: Path) -> None:
     """Write compare.md and a plot of each of its tables from the lines in the folder, and print the tables."""
-    lines = read_lines(results / "compare.jsonl")
+    lines = lines_in(results)
     text = markdown(lines)
     results.mkdir(parents=True, exist_ok=True)
     (results / "compare.md.tmp").write_text(text, encoding="utf-8")

@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drd_hf.errors import UserError
 from drd_hf.losses.base import in_float32, on_grid_of, require_equal_widths
 from drd_hf.losses.mgd import MaskedFeatureLoss, summed_square_distance
+
+GROUPS = 16  # of channels, as in public code
 
 
 @in_float32
 def omni_contrast(
-    student: Tensor, teacher: Tensor, groups: int = 16, pool: int = 4, patch: int = 4, temperature: float = 0.07
+    student: Tensor, teacher: Tensor, groups: int = GROUPS, pool: int = 4, patch: int = 4, temperature: float = 0.07
 ) -> Tensor:
     """Contrast of groups of channels within small patches; sum over the groups, mean over positions and batch.
 
@@ -65,6 +68,11 @@ class AfDCDLoss(MaskedFeatureLoss):
         super().__init__(layers, weights, masked_share, **widths)
 
     def compare(self, index, student, teacher, labels):
+        if math.gcd(teacher.shape[1], GROUPS) == 1:  # one group has nothing to be contrasted with
+            raise UserError(
+                f"afdcd: {self.teacher_layers[index]} has {teacher.shape[1]} channels, an odd number that cannot be cut "
+                "into groups; give other layers by feature_layers, or another method"
+            )
         generated = self.generated(index, student)
         return {
             "afdcd_masked": summed_square_distance(generated, teacher),
