@@ -530,10 +530,38 @@ def compare_ablations() -> str:
     return table(["variant", "gain over the student alone", "against", "change"], rows)
 
 
+def often(runs: dict[str, dict]) -> list[str]:
+    """The methods that ran at least half as often as the most frequent one: a single run is no rival."""
+    most = max(map(len, runs.values()))
+    return [method for method, of_method in runs.items() if 2 * len(of_method) >= most]
+
+
+def compare_rivals() -> str:
+    """Which methods count in the summary, and where the others are beside the nearest of those, in the runs that both have."""
+    parts = []
+    own = {method: runs for (method,), runs in scores_by(compared_lines(), "method").items()}
+    published = {name: runs for name, runs in own.items() if not name.startswith(("drd", "none"))}
+    chosen = {row["method"]: row["runs"] for row in tuned()[0] if row["method"] in published}
+    for runs, weights in ((published, "published"), (chosen, "chosen")):
+        ran = {name: of_method for name, of_method in runs.items() if of_method}
+        rivals = sorted(often(ran), key=lambda rival: paired_difference(own[OURS], ran[rival])[0])
+        behind = {m: paired_difference(ran[rivals[0]], ran[m]) for m in ran if m not in rivals}
+        ahead = [f"`{m}` ({-100 * found[0]:+.1f})" for m, found in behind.items() if found and found[0] < 0]
+        text = f"With {weights} weights {', '.join(f'`{m}`' for m in rivals)} count here"
+        if behind:
+            text += f"; of {len(behind)} that ran less often {', '.join(ahead) or 'none'} "
+            text += f"{'are' if len(ahead) > 1 else 'is'} ahead of `{rivals[0]}` in the runs of both"
+        if missing := len(runs) - len(ran):
+            text += f", and {missing} did not run"
+        parts.append(text + ".")
+    return " ".join(parts)
+
+
 def summary_rows() -> list[list[str]]:
     """What is compared, and the difference over runs, over pairs and folds, and over folds.
 
-    The default and features alone against the student alone and the nearest of the others, as published and chosen. Nearest of those that ran at least half as often as the most: a single run is no rival.
+    The default and features alone against the student alone and the nearest of the others that ran `often`, as published and
+    chosen.
     """
     own = {method: runs for (method,), runs in scores_by(compared_lines(), "method").items()}
     published = {name: runs for name, runs in own.items() if not name.startswith(("drd", "none"))}
@@ -553,11 +581,11 @@ def summary_rows() -> list[list[str]]:
     for ours, name, of_features in ((OURS, default, False), ("drd_aligned", features, True)):
         add(f"{name}, over the student alone", own[ours], own["none"])
         for others, weights in ((published, "published weights"), (chosen, "chosen weights")):
-            most = max(map(len, others.values()))
-            rivals = [m for m in others if 2 * len(others[m]) >= most and (m in OF_FEATURES or not of_features)]
+            rivals = [m for m in often(others) if m in OF_FEATURES or not of_features]
             leads = {rival: paired_difference(own[ours], others[rival])[0] for rival in rivals}
             nearest = min(leads, key=leads.get)
-            what = f"over `{nearest}`, the nearest {'loss of features' if of_features else 'of all others'}, {weights}"
+            kind = "losses of features" if of_features else "others"
+            what = f"over `{nearest}`, the nearest of {len(rivals)} {kind}, {weights}"
             add(what, own[ours], others[nearest])
             if others is published and not of_features:
                 rival = nearest
@@ -599,7 +627,8 @@ def compare_combined() -> str:
         name = f"`{options[method]}`" if options[method] else "student alone"
         shown = [
             "" if method == "none" else _difference(gain),
-            *([""] * 2 if method == OURS else [_difference(lead), _difference(theirs)]),
+            "" if method == OURS else _difference(lead),
+            "" if method in (OURS, "none") else _difference(theirs),
         ]
         whole = runs.keys() >= ours.keys()
         rows.append((not whole, lead[0] if lead else math.inf, [name, *means, *shown]))
@@ -649,6 +678,7 @@ TABLES = {
     "compare-ablations": compare_ablations,
     "compare-combined": compare_combined,
     "compare-schedules": compare_schedules,
+    "compare-rivals": compare_rivals,
     "compare-scores": compare_scores,
     "compare-short": compare_short,
     "compare-summary": compare_summary,
