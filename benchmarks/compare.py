@@ -185,7 +185,6 @@ def main() -> None:
     if args.dry_run:
         show(cells, results)
     elif asked:
-        print(f"{study.name}: ", end="", flush=True)
         failed = run_cells(study, lambda: plan_now()[0], results, args.discard_models, args.max_hours)
         record_choices(study, asked, results)
     for reason in plan_now()[1]:

@@ -90,7 +90,8 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     )
     assert all(student[key] is not None for key in needed)
     assert {"test_iou_building", "versions", "settings"} < student.keys()
-    run = json.loads((Path(student["command"].rpartition(" --output_dir ")[2]) / "run.json").read_text())
+    words = shlex.split(student["command"])
+    run = json.loads((Path(words[-1]) / "run.json").read_text())
     assert run["command"] == student["command"] and run["steps"] == 2
     assert run["results"]["model"]["test"]["mean_iou"] == student["test_mean_iou"]
     table = (folder / "compare.md").read_text()
@@ -102,6 +103,14 @@ def test_a_study_is_tuned_on_validation_compared_on_test_and_not_repeated(tiny, 
     run_study(monkeypatch, tiny)
     assert (folder / "compare.jsonl").read_bytes() == written
     assert "6 runs, 6 of them finished before" in capsys.readouterr().out
+    teacher = Path(words[words.index("--teacher") + 1])
+    teacher.rename(folder / "elsewhere")  # needed by no run that is left
+    run_study(monkeypatch, tiny)
+    assert (folder / "compare.jsonl").read_bytes() == written and not teacher.exists()
+    with pytest.raises(UserError, match="which is not here; put that one back, or give another folder with --results"):
+        run_study(monkeypatch, tiny, "--seeds", "5")
+    assert (folder / "compare.jsonl").read_bytes() == written
+    (folder / "elsewhere").rename(teacher)
 
 
 def test_a_teacher_that_was_trained_before_is_only_scored(tiny, monkeypatch):

@@ -124,8 +124,10 @@ def run_cells(
         cells = dict.fromkeys(c for cell in plan() for c in (cell.teacher, cell) if c is not None)
         todo = [cell for cell in cells if not is_finished(cell, results)]
         require_same_teachers(todo, results)
+        learning = {cell.teacher for cell in todo}  # a teacher that is gone is missed by these alone
+        todo = [cell for cell in todo if cell in learning or cell.command not in finished(results_of(cell, results))]
         if not told:
-            print(f"{len(cells)} runs, {len(cells) - len(todo)} of them finished before", flush=True)
+            print(f"{study.name}: {len(cells)} runs, {len(cells) - len(todo)} of them finished before", flush=True)
             told = True
         todo = [cell for cell in todo if cell not in failed and cell.teacher not in failed]
         if not todo:

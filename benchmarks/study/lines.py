@@ -1,9 +1,12 @@
 """Results as JSON lines: one line for each finished run."""
 
 import errno
+import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock
 
@@ -52,9 +55,19 @@ def append_line(path: str | Path, line: dict) -> None:
         os.close(file)
 
 
-def finished(path: str | Path) -> dict[str, dict]:
+def finished(path: str | Path) -> Mapping[str, dict]:
     """{command: its line} of the runs that a file holds; of runs that were repeated, the last."""
-    return {line["command"]: line for line in read_lines(path) if "command" in line}
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    now = path.stat()
+    return _finished(path, now.st_size, now.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _finished(path: Path, size: int, changed: int) -> Mapping[str, dict]:
+    # asked for every run of a plan, and a file only ever grows
+    return MappingProxyType({line["command"]: line for line in read_lines(path) if "command" in line})
 
 
 def scores_of(by_split: dict[str, dict]) -> dict[str, float]:
