@@ -25,7 +25,7 @@ class ICKDLoss(FeatureLoss):
     """Correlations between channels, `channel_correlation_distance`.
 
     Liu et al., "Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", ICCV 2021. Weight 2.5 as
-    for the authors' code.
+    for the authors' code. Other public code divides by the batch size once more: there a weight pulls B times less.
     """
 
     needs_equal_widths = True
