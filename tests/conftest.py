@@ -1,12 +1,15 @@
 """Tiny models and scenes built in code; no test may reach the network."""
 
 import os
+import shutil
 import tempfile
 
 # Before any Hugging Face library is imported: offline, and caches that are not the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "HF_HOME" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:  # workers do not share one
-    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="drd-hf-tests-")
+    os.environ["HF_HOME"] = OWN_CACHE = tempfile.mkdtemp(prefix="drd-hf-tests-")
+else:
+    OWN_CACHE = None
 
 from pathlib import Path
 
@@ -16,6 +19,12 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and lose much where cores are busy
+
+
+def pytest_unconfigure(config):
+    if OWN_CACHE is not None:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
 
 LABELS = {0: "ground", 1: "building", 2: "tree"}
 
