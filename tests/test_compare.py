@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -247,8 +248,10 @@ def test_a_runner_starts_nothing_after_its_hours_and_goes_on_later(tiny, monkeyp
     run_study(monkeypatch, path, *words, "--max_hours", "0")
     assert "stopped after 0 hours, 2 runs are left" in capsys.readouterr().out
     assert results.read_lines(folder / "compare.jsonl") == []
-    run_study(monkeypatch, path, *words, "--max_hours", "1e-6")
-    assert "1 runs are left" in capsys.readouterr().out
+    hours = SimpleNamespace(monotonic=lambda: 3600.0 * len(results.read_lines(folder / "compare.jsonl")))
+    monkeypatch.setattr("benchmarks.study.cells.time", hours)  # a run takes an hour
+    run_study(monkeypatch, path, *words, "--max_hours", "0.5")
+    assert "stopped after 0.5 hours, 1 runs are left" in capsys.readouterr().out
     assert [line["seed"] for line in results.read_lines(folder / "compare.jsonl")] == [0]
 
 
