@@ -6,8 +6,10 @@ import tempfile
 
 # Before any Hugging Face library is imported: offline, and caches that are not the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "HF_HOME" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:  # workers do not share one
+# Workers do not share a cache; the processes that a test starts have that of their worker.
+if "HF_HOME" not in os.environ or os.environ.get("CACHE_OF_WORKER", "") != os.environ.get("PYTEST_XDIST_WORKER", ""):
     os.environ["HF_HOME"] = OWN_CACHE = tempfile.mkdtemp(prefix="drd-hf-tests-")
+    os.environ["CACHE_OF_WORKER"] = os.environ.get("PYTEST_XDIST_WORKER", "")
 else:
     OWN_CACHE = None
 
