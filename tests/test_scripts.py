@@ -1,5 +1,6 @@
 """The commands of the README, on tiny scenes and models, as a user runs them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
-from drd_hf import load_image_processor, load_splits
+from drd_hf import errors, load_image_processor, load_splits
 from drd_hf.evaluation import evaluate_sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,13 +200,27 @@ def test_two_processes_score_whole_images_together_as_one_does(project):
         (["evaluate.py", "--model", "{p}/student", "--dataset", "{p}/tiles", "--split", "tset"], "no split 'tset'"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_a_status(project, words, message):
-    done = run_script(*[word.format(p=project) for word in words])
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0], done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line_and_a_status(project, words, message, monkeypatch, capsys):
+    script, *options = (word.format(p=project) for word in words)
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.syspath_prepend(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        errors.run_script(importlib.import_module(f"scripts.{Path(script).stem}").main)
+    assert ended.value.code == 2
+    assert_one_error(capsys.readouterr().err, message)
     assert not (project / "x").exists() or not list((project / "x").glob("*.safetensors"))
+
+
+def test_the_process_of_a_script_ends_with_the_status_of_its_error(project):
+    done = run_script("evaluate.py", "--model", project / "student", "--dataset", project / "tiles", "--split", "tset")
+    assert done.returncode == 2
+    assert_one_error(done.stderr, "no split 'tset'")
+
+
+def assert_one_error(output: str, message: str):
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], output[-2000:]
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("script", ["prepare_dataset.py", "train_teacher.py", "distill.py", "evaluate.py", "demo.py"])
