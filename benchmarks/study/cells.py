@@ -74,24 +74,24 @@ def require_same_teachers(cells: Iterable[Cell], results: Path) -> None:
         UserError: earlier students of the same study, fold and share of labels had another teacher than one of `cells`, or
             one that is not there any more.
     """
-    compared = finished(results / "compare.jsonl")
     used = {}  # {facts of a teacher: the folders that students learned from}
-    for line in [*compared.values(), *finished(results / "compare_tuning.jsonl").values()]:
-        words = shlex.split(line["command"])
-        if "--teacher" in words:
-            facts = tuple(line[key] for key in SAME_TEACHER)
-            used.setdefault(facts, {})[words[words.index("--teacher") + 1]] = line
+    for name in ("compare.jsonl", "compare_tuning.jsonl"):
+        for command, line in finished(results / name).items():
+            words = shlex.split(command)
+            if "--teacher" in words:
+                facts = tuple(line[key] for key in SAME_TEACHER)
+                used.setdefault(facts, set()).add(words[words.index("--teacher") + 1])
     for cell in cells:
         others = used.get(tuple(cell.facts[key] for key in SAME_TEACHER))
         if "--teacher" not in cell.words or not others:
             continue
         wanted = cell.words[cell.words.index("--teacher") + 1]
         there = cell.teacher is None or is_finished(cell.teacher, results)
-        if there and set(others) == {wanted}:
+        if there and others == {wanted}:
             continue
-        other = next((folder for folder in others if folder != wanted), wanted)
+        other = min(others - {wanted}, default=wanted)
         raise UserError(
-            f"{cell.title}: {results / 'compare.jsonl'} has students of this pair's teacher in {other}, which "
+            f"{cell.title}: {results} has students of this pair's teacher in {other}, which "
             f"{'is not the one that is here' if (ROOT / other).exists() else 'is not here'}; put that one back, or give "
             "another folder with --results for a comparison with a teacher of its own"
         )
